@@ -1,0 +1,560 @@
+"""What the scripts share: batches, generation, log-probs, KL, rewards, and the folder of a run.
+
+One layout serves every chapter: P prompts, each with a group of completions, R completions in all.
+Prompts are padded on the left and completions on the right, so that a prompt ends where each of its
+completions begins, and is computed once for all of them. Bad input ends the program with one line.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import json
+import math
+import numbers
+import os
+import random
+import shutil
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+from tqdm import tqdm
+from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer,
+                          DynamicCache, TopKLogitsWarper, TopPLogitsWarper)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils import logging
+
+ROOT = Path(__file__).resolve().parent
+logging.disable_progress_bar()
+
+
+def stop(message):
+    """Raise SystemExit: `message` as one line on stderr, exit code 1."""
+    raise SystemExit(f"{Path(sys.argv[0]).name}: " + " ".join(str(message).split())[:500])
+
+
+@contextlib.contextmanager
+def stop_on(*kinds, saying):
+    """Turn an exception of these kinds into one line: `saying`, what it was, and where."""
+    try:
+        yield
+    except kinds as e:
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        stop(f"{saying} ({type(e).__name__}: {e}; {Path(at.filename).name}:{at.lineno})")
+
+
+def parse_args(Args, toy):
+    """Command line -> Args. Without --model the defaults are `toy`; paths in it count from here."""
+    toy = {k: str(ROOT / v) if str(v).startswith("toy/") else v for k, v in toy.items()}
+    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in toy.items()).replace(f"{ROOT}/", "")
+    given = {a.split("=")[0] for a in sys.argv[1:]}
+    default = None if given & {"--model", "--help", "-h"} else Args(**toy)
+    return tyro.cli(Args, default=default, description=f"Without --model the defaults are: {flags}")
+
+
+# --- Data and models ------------------------------------------------------------------------------
+
+
+def load_rows(path, *columns):
+    """JSON Lines file, or `owner/name:split` of the hub (needs `datasets`) -> list of dicts.
+
+    columns: what no row may lack or leave empty; a tuple names alternatives.
+    """
+    if Path(path).is_file():
+        lines = list(enumerate(Path(path).read_bytes().splitlines(), 1))
+    elif path.endswith((".json", ".jsonl")) or not importlib.util.find_spec("datasets"):
+        stop(f"{path}: no such file (a data set of the hub needs `pip install datasets`)")
+    else:
+        with stop_on(Exception, saying=f"{path}: no such file, nor a data set the hub gives"):
+            from datasets import load_dataset
+            name, _, split = path.partition(":")
+            lines = [(n, json.dumps(row)) for n, row in enumerate(load_dataset(name, split=split), 1)]
+    rows = []
+    for n, line in lines:
+        if not line.strip():
+            continue
+        where = f"{path}, line {n}"
+        with stop_on(ValueError, saying=f"{where}: not JSON; the file needs one object a line"):
+            row = json.loads(line)
+        if not isinstance(row, dict):
+            stop(f"{where}: not a JSON object such as {{'prompt': 'text'}}")
+        for names in columns:
+            names = (names,) if isinstance(names, str) else names
+            values = [row[name] for name in names if row.get(name) is not None]
+            if not values or values[0] == [] or not str(values[0]).strip():
+                what = f"{'an empty' if values else 'no'} {' or '.join(names)}"
+                stop(f"{where}: {what}; the columns it has are {', '.join(row)}")
+        rows.append(row)
+    return rows or stop(f"{path}: no rows")
+
+
+def hold_out(rows, num_prompts, seed):
+    """Rows -> (train, held out), by prompt, so that none is on both sides; at most a tenth."""
+    keys = [json.dumps(row.get("prompt") or row["messages"][0]) for row in rows]
+    unique = sorted(set(keys))
+    held = set(random.Random(seed).sample(unique, min(num_prompts, len(unique) // 10)))
+    return ([row for row, key in zip(rows, keys, strict=True) if key not in held],
+            [row for row, key in zip(rows, keys, strict=True) if key in held])
+
+
+def pick_device(device="auto"):
+    """auto -> cuda, else mps, else cpu."""
+    auto = "mps" if torch.backends.mps.is_available() else "cpu"
+    auto = "cuda" if torch.cuda.is_available() else auto
+    return torch.device(auto if device == "auto" else device)
+
+
+def load_tokenizer(path):
+    """Tokenizer of a model folder or hub name; one without an EOS is refused."""
+    with stop_on(Exception, saying=f"{path}: no tokenizer there, in a model folder or on the hub"):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        stop(f"{path}: its tokenizer has no EOS, so no completion could end; set its eos_token")
+    return tokenizer
+
+
+def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False):
+    """Model of a Transformers auto class, from a folder or hub name, with float32 weights.
+
+    dtype: "bfloat16" runs forwards in bfloat16 autocast, "auto" does so on cuda. The weights stay
+    float32: in bfloat16, updates at these learning rates would be rounded away.
+    """
+    with stop_on(Exception, saying=f"{path}: no model there that {auto_class.__name__} loads"):
+        config, info = AutoConfig.from_pretrained(path), {"missing_keys": ()}
+        for key, value in vars(config).items():
+            # With dropout, two forwards of one policy differ and no ratio is 1.
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
+        if from_scratch:
+            model = auto_class.from_config(config, dtype=torch.float32)
+        else:
+            options = {"dtype": torch.float32, "output_loading_info": True}
+            model, info = auto_class.from_pretrained(path, config=config, **options)
+    if info["missing_keys"]:  # Transformers only warns, and makes up random weights
+        stop(f"{path}: no weights for {', '.join(sorted(info['missing_keys'])[:3])} in it")
+    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    model.autocast_dtype = torch.bfloat16 if bfloat16 else None
+    model.recompute = checkpointing
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(device).eval()
+
+
+def check_prompts(tokenizer, model, rows, max_new_tokens):
+    """Stop where a prompt is empty, or with its completion would not fit in the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    for row in rows:
+        length = len(encode_prompt(tokenizer, row["prompt"]))
+        if not 0 < length <= context - max_new_tokens:
+            stop(f"a prompt of {length} tokens and --max-new-tokens {max_new_tokens} do not fit in the "
+                 f"model's {context}: {str(row['prompt'])[:80]!r}")
+
+
+# --- Batches --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """P prompts and the R completions that belong to them."""
+
+    prompt_ids: torch.Tensor  # (P, Tp) long, left-padded
+    prompt_mask: torch.Tensor  # (P, Tp) bool
+    completion_ids: torch.Tensor  # (R, Tc) long, right-padded
+    completion_mask: torch.Tensor  # (R, Tc) bool, True through the EOS, and only there
+    prompt_of: torch.Tensor  # (R,) long, the prompt of each completion, prompt-major: 0 0 0 1 1 1
+
+    def rows(self, index):
+        """The completions `index` (a long tensor) with their prompts, cut to the longest ones."""
+        prompts, prompt_of = self.prompt_of[index].unique(return_inverse=True)
+        prompt_mask, mask = self.prompt_mask[prompts], self.completion_mask[index]
+        Tp, Tc = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
+        prompt_ids, ids = self.prompt_ids[prompts][:, -Tp:], self.completion_ids[index][:, :Tc]
+        return Batch(prompt_ids, prompt_mask[:, -Tp:], ids, mask[:, :Tc], prompt_of)
+
+    def split(self, size):
+        """Index tensors of at most `size` completions each, for `rows`: the micro-batches."""
+        return torch.arange(len(self.prompt_of), device=self.prompt_of.device).split(size)
+
+    def to(self, device):
+        """The same on `device`."""
+        return Batch(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
+
+
+def encode_prompt(tokenizer, prompt):
+    """Text or chat messages -> list of token ids, up to where the completion begins.
+
+    With a chat template, a text is one user message. Without one, it is taken as it stands.
+    """
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        with stop_on(Exception, saying=f"the chat template refuses {str(chat)[:80]}"):
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the BOS
+    if not isinstance(prompt, str):
+        stop("the prompts are chat messages but the tokenizer has no chat template: use plain text")
+    ids = tokenizer(prompt)["input_ids"]
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some close every text
+
+
+def end_of_turn(tokenizer):
+    """Id that closes a completion: what the chat template puts after an answer, else the EOS."""
+    ids = []
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
+
+
+def encode(tokenizer, prompts, completions, max_length=None):
+    """P prompts (texts or chats) and for each of them a list of completion texts -> Batch.
+
+    The end of turn is appended. Prompt and completion are tokenised apart, so that the prompt has
+    the tokens it has in generation and none straddles the two. A completion that would pass
+    `max_length` tokens, prompt included, is cut, and then has no end of turn.
+    """
+    prompt_rows, rows = [encode_prompt(tokenizer, prompt) for prompt in prompts], []
+    end = end_of_turn(tokenizer)
+    for ids, texts in zip(prompt_rows, completions, strict=True):
+        room = max_length - len(ids) if max_length else None
+        if room is not None and room <= 0:
+            stop(f"a prompt of {len(ids)} tokens leaves no room for a completion in {max_length}")
+        for text in texts:
+            rows.append([*tokenizer(text, add_special_tokens=False)["input_ids"], end][:room])
+    prompt_of = torch.tensor([i for i, texts in enumerate(completions) for _ in texts])
+    return Batch(*_pad(prompt_rows, left=True), *_pad(rows, left=False), prompt_of)
+
+
+def _pad(rows, left):
+    lengths = torch.tensor([[len(row)] for row in rows])
+    place = torch.arange(int(lengths.max()))[None]
+    # From lengths, never from `ids != pad`: many tokenizers use one id for pad and EOS.
+    mask = place >= lengths.max() - lengths if left else place < lengths
+    ids = torch.zeros(mask.shape, dtype=torch.long)  # padding is never read: any id will do
+    ids[mask] = torch.tensor(list(itertools.chain(*rows)))
+    return ids, mask
+
+
+# --- Generation and log-probs ---------------------------------------------------------------------
+
+
+def _call(model, net, ids, mask, cache=None, **keep):
+    # One forward of `net`, which is `model` or its backbone, on ids that follow those in the cache.
+    if getattr(model, "recompute", False):
+        model.train(torch.is_grad_enabled())  # else layers neither checkpoint nor fill a cache
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # left padding does not count
+    dtype = getattr(model, "autocast_dtype", None)
+    with torch.autocast(ids.device.type, dtype) if dtype else contextlib.nullcontext():
+        return net(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
+                   past_key_values=cache, use_cache=cache is not None, **keep)[0]
+
+
+def _prefill(model, net, ids, mask, prompt_of, **keep):
+    # Each prompt once -> its last output (R, .), and the cache, both repeated for its completions.
+    cache = DynamicCache(config=model.config)
+    if any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers):
+        stop("this model keeps states that cannot be repeated for the completions of a prompt")
+    last = _call(model, net, ids, mask, cache, **keep)[:, -1]
+    cache.batch_select_indices(prompt_of)  # gradients flow back through it
+    return last[prompt_of], cache
+
+
+def _outputs(model, net, batch, num_tokens, share_prompts):
+    # Outputs of `net` at the prompts' ends and the completions' first tokens: one (R, 1 + num_tokens,
+    # .), or where prompts are shared (R, 1, .) and (R, num_tokens, .), which spares the copy.
+    ids, of, causal = batch.completion_ids[:, :num_tokens], batch.prompt_of, net is model
+    mask = torch.cat([batch.prompt_mask[of], batch.completion_mask[:, :num_tokens]], dim=1)
+    if torch.is_grad_enabled() and getattr(model, "recompute", False):
+        share_prompts = False  # Transformers switches the cache off then
+    if share_prompts and len(batch.prompt_ids) < len(of):
+        keep = {"logits_to_keep": 1} if causal else {}
+        last, cache = _prefill(model, net, batch.prompt_ids, batch.prompt_mask, of, **keep)
+        return [last[:, None]] + ([_call(model, net, ids, mask, cache)] if num_tokens else [])
+    keep = {"logits_to_keep": num_tokens + 1} if causal else {}
+    ids = torch.cat([batch.prompt_ids[of], ids], dim=1)
+    return [_call(model, net, ids, mask, **keep)[:, -num_tokens - 1:]]
+
+
+def completion_logps(model, batch, temperature=1.0, share_prompts=True):
+    """log pi(y_t | x, y_<t) of completion tokens, at the sampling temperature -> (R, Tc) float32.
+
+    0 in padding, so that the sum over tokens is the completion's log-prob.
+    share_prompts: compute a prompt once for all of its completions; the value is the same.
+    """
+    logps, start = [], 0
+    for logits in _outputs(model, model, batch, batch.completion_ids.shape[1] - 1, share_prompts):
+        ids = batch.completion_ids[:, start:start + logits.shape[1], None]
+        start += logits.shape[1]
+        logits = logits.float() / temperature
+        logps.append(logits.gather(-1, ids)[..., 0] - logits.logsumexp(-1))
+    return torch.cat(logps, dim=1).masked_fill(~batch.completion_mask, 0.0)
+
+
+@torch.no_grad()
+def fixed_logps(model, batch, temperature=1.0, micro_batch_size=8, share_prompts=True):
+    """`completion_logps` without gradient, in micro-batches -> (R, Tc)."""
+    logps = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
+    for mb in batch.split(micro_batch_size):
+        part = completion_logps(model, batch.rows(mb), temperature, share_prompts)
+        logps[mb, :part.shape[1]] = part
+    return logps
+
+
+def completion_scores(model, batch, share_prompts=True):
+    """The classification head at each completion token -> (R, Tc, num_labels) float32.
+
+    A reward model reads the last token of the mask, a process reward model the step ends, a critic
+    all. Transformers' own pooling takes the last id that is not pad: wrong where pad is EOS.
+    """
+    length = batch.completion_ids.shape[1]
+    hidden = _outputs(model, model.base_model, batch, length, share_prompts)[-1][:, -length:]
+    head = model.score if hasattr(model, "score") else model.classifier
+    return head(hidden.float())
+
+
+def _sample(logits, temperature, top_p, top_k):
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    logits = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+    logits = TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
+    return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+
+
+@torch.no_grad()
+def generate(model, tokenizer, prompts, num_generations, max_new_tokens, temperature=1.0,
+             top_p=1.0, top_k=0):
+    """`num_generations` completions of each prompt (text or chat); temperature 0 is greedy.
+
+    -> Batch on the model's device, R texts, ended (R,) bool: False where the tokens ran out.
+    Stops at every EOS id that the model or the tokenizer names. The sampling values of the model's
+    own generation_config are not used: the log-probs of training would not know of them.
+    """
+    eos = model.generation_config.eos_token_id
+    eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
+    eos = torch.tensor([*eos, end_of_turn(tokenizer)], device=model.device)
+    prompt_ids, prompt_mask = _pad([encode_prompt(tokenizer, p) for p in prompts], left=True)
+    prompt_of = torch.arange(len(prompts)).repeat_interleave(num_generations)
+    ids = torch.zeros(len(prompt_of), max_new_tokens, dtype=torch.long)
+    batch = Batch(prompt_ids, prompt_mask, ids, ids < 0, prompt_of).to(model.device)
+    logits, cache = _prefill(model, model, batch.prompt_ids, batch.prompt_mask, batch.prompt_of,
+                             logits_to_keep=1)
+    mask, rows = batch.prompt_mask[batch.prompt_of], torch.arange(len(ids), device=model.device)
+    ended = torch.zeros_like(rows, dtype=torch.bool)
+    for t in range(max_new_tokens):
+        token = _sample(logits, temperature, top_p, top_k)
+        batch.completion_ids[rows, t] = token
+        batch.completion_mask[:, t] = ~ended
+        ended[rows] |= torch.isin(token, eos)
+        going = int((~ended).sum())
+        if not going or t + 1 == max_new_tokens:
+            break
+        mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+        if going <= 0.75 * len(rows):  # not whenever one ends: each time copies the cache
+            keep = (~ended[rows]).nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            rows, token, mask = rows[keep], token[keep], mask[keep]
+        logits = _call(model, model, token[:, None], mask, cache)[:, -1]
+    batch = batch.rows(torch.arange(len(ids), device=model.device))
+    rows = [row[mask] for row, mask in zip(batch.completion_ids.cpu(), batch.completion_mask.cpu())]
+    return batch, tokenizer.batch_decode(rows, skip_special_tokens=True), ended
+
+
+# --- KL, optimiser, rewards -----------------------------------------------------------------------
+
+
+def kl_estimate(logps, ref_logps, kind):
+    """Estimate of KL(pi || pi_ref) at tokens sampled from pi, in nats, same shape (book 8.1).
+
+    With log r = ref_logps - logps, the log of pi_ref / pi (the direction matters):
+    k1 = -log r          unbiased, can be negative; as a loss its expected gradient is zero
+    k2 = (log r)^2 / 2   biased, low variance; as a loss it has the gradient of KL(pi || pi_ref)
+    k3 = r - 1 - log r   unbiased, never negative; as a loss: the gradient of KL(pi_ref || pi)
+    """
+    log_r = ref_logps - logps
+    return {"k1": -log_r, "k2": log_r**2 / 2, "k3": torch.expm1(log_r) - log_r}[kind]
+
+
+def exact_kl(logits, ref_logits):
+    """KL(pi || pi_ref) = sum_v pi(v) (log pi(v) - log pi_ref(v)): (..., V) -> (...), nats."""
+    logps, ref_logps = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    return (logps.exp() * (logps - ref_logps)).sum(-1)
+
+
+def masked_mean(x, mask, dim=None):
+    """Mean of x where mask is True, over `dim` or over all; 0 where nothing is."""
+    return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
+
+
+def update(optimizer, scheduler, loss, max_grad_norm):
+    """One step on the gradients that stand in the parameters -> their norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+    if not math.isfinite(loss + norm):  # a step skipped in silence would look like slow learning
+        stop(f"the loss is {loss}, the gradient's norm {norm}: lower --learning-rate, or look at "
+             "the rewards; --resume goes on from the last checkpoint")
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_batch_size=8):
+    """-> score(prompts, completions, rows) -> list of R numbers, or of R lists, a number a step.
+
+    reward: "verifier" for the function `verifier`, or "FILE.py:function", called with three lists of
+    length R, a prompt and its row repeated for each completion. model: a reward model, used instead.
+    """
+    name, function = f"--reward {reward}", verifier
+    if model:
+        name = f"--reward-model {model}"
+        function = _model_reward(model, device, dtype, micro_batch_size)
+    elif reward != "verifier":
+        with stop_on(Exception, saying=f"{name}: not FILE.py:function"):
+            path, _, attribute = reward.rpartition(":")
+            spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            function = getattr(module, attribute)
+
+    def score(prompts, completions, rows):
+        with stop_on(Exception, saying=f"{name} raised"):
+            values = list(function(prompts, completions, rows))
+        if len(values) != len(completions):
+            stop(f"{name} returned {len(values)} values for {len(completions)} completions")
+        for value, text in zip(values, completions, strict=True):
+            for v in value if isinstance(value, list) else [value]:
+                if not isinstance(v, numbers.Real) or not math.isfinite(v):
+                    stop(f"{name} returned {v!r}, no finite number, for {text[:60]!r}")
+        return values
+
+    return score
+
+
+def _model_reward(path, device, dtype, micro_batch_size):
+    tokenizer = load_tokenizer(path)
+    model = load_model(AutoModelForSequenceClassification, path, device, dtype)
+    if model.config.num_labels != 1:
+        stop(f"--reward-model {path}: has {model.config.num_labels} labels, not 1")
+
+    @torch.no_grad()
+    def function(prompts, completions, rows):
+        # From the texts: the reward model may have another tokenizer and template.
+        batch = encode(tokenizer, prompts, [[text] for text in completions]).to(device)
+        lengths = batch.completion_mask.sum(1)
+        values = torch.zeros_like(lengths, dtype=torch.float32)
+        for mb in lengths.argsort().split(micro_batch_size):  # by length: little padding
+            scores = completion_scores(model, batch.rows(mb))[..., 0]
+            values[mb] = scores.gather(1, lengths[mb, None] - 1)[:, 0]
+        return values.tolist()
+
+    return function
+
+
+# --- The folder of a run --------------------------------------------------------------------------
+
+
+class Run:
+    """args.json, metrics.jsonl, samples.jsonl, curves.png, checkpoint/, final/, and the progress.
+
+    Nothing is written before `begin`. A checkpoint is one file that is replaced in one move: a run
+    killed at any moment has the old one or the new one.
+    """
+
+    def __init__(self, args):
+        self.args, self.folder = args, Path(args.output_dir)
+        self.state, old = self.folder / "checkpoint" / "state.pt", self.folder / "args.json"
+        if self.folder.exists() and not (old.exists() and (args.resume or args.overwrite)):
+            stop(f"{self.folder} exists: use --resume or --overwrite, or another --output-dir")
+        if args.resume:
+            old = json.loads(old.read_text()) if old.exists() else stop(f"{old}: nothing to resume")
+            for key, value in dataclasses.asdict(args).items():
+                if old.get(key) != value and key not in ("resume", "overwrite", "num_steps"):
+                    stop(f"--resume: {self.folder} began with {key} {old.get(key)}, not {value}")
+
+    def begin(self, parts, num_steps):
+        """Make the folder, or load its checkpoint into parts, {name: model, optimiser, ...}."""
+        self.parts, self.num_steps, self.step, self.start = parts, num_steps, 0, time.time()
+        sizes = {}
+        if not self.args.resume:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.state.parent.mkdir(parents=True)
+        elif self.state.exists():
+            state = torch.load(self.state, map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state["torch"])
+            torch.cuda.set_rng_state_all(state["cuda"])
+            random.setstate(state["random"])
+            self.step, self.start = state["step"], time.time() - state["seconds"]
+            sizes = state["sizes"]
+        for path in self.folder.glob("*.jsonl"):  # what came after the checkpoint comes again
+            os.truncate(path, sizes.get(path.name, 0))
+        (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
+
+    def steps(self):
+        """The numbers of the steps still to do; a checkpoint after every --checkpoint-every."""
+        quiet = not sys.stderr.isatty()
+        with tqdm(total=self.num_steps, initial=self.step, disable=quiet) as self.bar:
+            for self.step in range(self.step + 1, self.num_steps + 1):
+                yield self.step
+                self.bar.update()
+                if self.step % self.args.checkpoint_every == 0:
+                    self.checkpoint()
+
+    def log(self, metrics, *show):
+        """A row of metrics.jsonl; `show` names those for the progress bar, or a line now and then."""
+        row = {k: float(f"{float(v):.6g}") for k, v in metrics.items() if math.isfinite(v)}
+        row |= {"step": self.step, "seconds": round(time.time() - self.start, 3)}
+        with open(self.folder / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+        figures = {k: f"{row[k]:.4g}" for k in show if k in row}
+        if sys.stderr.isatty() and self.step:
+            self.bar.set_postfix(figures)
+        elif self.step % max(1, self.num_steps // 20) == 0 or any(k.startswith("eval") for k in row):
+            print(f"step {self.step}/{self.num_steps}", *map(" ".join, figures.items()), sep="  ")
+
+    def samples(self, prompts, completions, rewards=()):
+        """Rows of samples.jsonl: what a person should read now and then."""
+        with open(self.folder / "samples.jsonl", "a") as f:
+            for row in zip(prompts, completions, rewards or itertools.repeat(None)):
+                row = dict(zip(("step", "prompt", "completion", "reward"), (self.step, *row)))
+                f.write(json.dumps(row) + "\n")
+
+    def checkpoint(self):
+        """Save the parts, the random states and the step, so that --resume goes on bit for bit."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
+                  "random": random.getstate(), "step": self.step,
+                  "seconds": time.time() - self.start,
+                  "sizes": {p.name: p.stat().st_size for p in self.folder.glob("*.jsonl")}}
+        torch.save(state, self.state.with_suffix(".new"))
+        os.replace(self.state.with_suffix(".new"), self.state)
+
+    def finish(self, tokenizer, models):
+        """Save {folder name: model} with the tokenizer, for `from_pretrained`; draw curves.png."""
+        self.checkpoint()
+        for name, model in models.items():
+            folder, new = self.folder / name, self.folder / f"{name}.new"
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(new, folder)
+            print(f"saved {folder} after {time.time() - self.start:.0f} s")
+        if importlib.util.find_spec("matplotlib"):
+            self._plot()
+
+    def _plot(self):
+        from matplotlib.figure import Figure
+        rows = [json.loads(line) for line in open(self.folder / "metrics.jsonl")]
+        names = sorted({k for row in rows for k in row} - {"step", "seconds"})
+        figure = Figure(figsize=(14, 2.5 * math.ceil(len(names) / 4)), layout="constrained")
+        for i, name in enumerate(names, 1):
+            axes = figure.add_subplot(math.ceil(len(names) / 4), 4, i, title=name)
+            axes.plot(*zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True))
+        figure.savefig(self.folder / "curves.png")

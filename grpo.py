@@ -1,0 +1,355 @@
+"""GRPO, group relative policy optimisation (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300).
+
+Read beside the RLHF Book (draft of January 2025; "Policy Gradient" in later editions):
+    group_advantages      11.1.5, eq. 10: outcome supervision
+    process_advantages    11.1.5, the draft's TODO: process supervision (DeepSeekMath 4.1.3)
+    token_weights         11.2.3, the mean over tokens, and two others
+    grpo_loss             11.1.5 the objective, 11.2.3 the code, 11.2.2.1 eq. 11
+    kl_estimate           8.1, in common.py: its three forms and their gradients
+
+Differs from the print:
+    1. 11.2.3 prints r + beta KL and L_pg - beta KL; the KL is a cost: L = L_pg + beta KL.
+    2. 11.2.1 calls the ratio one to the reference model; it is pi / pi_old, the policy that sampled.
+    3. The mean over tokens is a sum with fixed weights, so that micro-batches add up exactly.
+    4. The mask keeps the EOS: the policy learns when to stop.
+
+    python grpo.py                                                     # the toy, in two minutes
+    python grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math_gsm8k_train.jsonl
+
+To use it elsewhere, copy this file and common.py.
+"""
+
+import random
+import re
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import AutoModelForCausalLM, get_scheduler
+
+from common import (Run, check_prompts, completion_logps, fixed_logps, generate, hold_out,
+                    kl_estimate, load_model, load_reward, load_rows, load_tokenizer, masked_mean,
+                    parse_args, pick_device, stop, update)
+
+
+@dataclass
+class Args:
+    model: str
+    """policy to train: a folder or a name on the hub"""
+    dataset: str
+    """JSON Lines file, or owner/name:split of the hub: `prompt` (text or chat), `answer` for the
+    verifier, and what your own reward reads"""
+    eval_dataset: str = ""
+    """held-out rows in the same form; empty: --eval-size prompts are taken out of --dataset"""
+    output_dir: str = "runs/grpo"
+    """folder of the run: args, metrics, samples, curves, checkpoint and the final model"""
+    resume: bool = False
+    """go on from the checkpoint in --output-dir, with the same flags"""
+    overwrite: bool = False
+    """replace the run in --output-dir"""
+    seed: int = 0
+    """seed of the data's order and of sampling"""
+    device: str = "auto"
+    """torch device; auto: cuda, else mps, else cpu"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
+    share_prompts: bool = True
+    """compute a prompt once for all of its completions: same result, less work"""
+
+    reward: str = "verifier"
+    """verifier: 1 if the last number is `answer`; or FILE.py:function, called with the lists
+    prompts, completions, rows and returning a number for each (a list of them with process)"""
+    reward_model: str = ""
+    """folder of a reward model, used in place of --reward"""
+    supervision: Literal["outcome", "process"] = "outcome"
+    """process: the reward gives each completion a list of numbers, one a step"""
+    step_separator: str = "\n"
+    """what ends a step, with process supervision; blank steps do not count"""
+
+    num_steps: int = 200
+    """steps, each on new completions"""
+    num_prompts: int = 16
+    """P, prompts a step (DeepSeekMath: 16)"""
+    num_generations: int = 8
+    """G, completions a prompt: the group of eq. 10 (DeepSeekMath: 64)"""
+    max_new_tokens: int = 256
+    """longest completion, in tokens (DeepSeekMath: 1024)"""
+    temperature: float = 1.0
+    """of sampling, and of the log-probs"""
+    num_epochs: int = 1
+    """passes over a step's completions (DeepSeekMath: 1)"""
+    num_minibatches: int = 1
+    """gradient steps a pass; with one pass and one of these the ratio is 1 and nothing clips"""
+    micro_batch_size: int = 8
+    """completions a forward pass; changes the memory, not the gradient"""
+
+    learning_rate: float = 1e-6
+    """peak of AdamW's (DeepSeekMath: 1e-6)"""
+    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    """how the learning rate changes"""
+    warmup_steps: int = 0
+    """gradient steps in which it rises from 0; not for constant"""
+    weight_decay: float = 0.0
+    """AdamW's weight decay"""
+    max_grad_norm: float = 1.0
+    """largest norm of the gradient; longer ones are scaled down to it"""
+    clip_eps: float = 0.2
+    """epsilon: the ratio is clipped to 1 - eps .. 1 + eps"""
+    clip_eps_high: float = 0.0
+    """epsilon of the upper bound (DAPO: 0.28); 0: that of --clip-eps"""
+    beta: float = 0.04
+    """weight of the KL in the loss (DeepSeekMath: 0.04); 0: no reference model is loaded"""
+    kl: Literal["k1", "k2", "k3"] = "k3"
+    """its estimator (DeepSeekMath: k3). Gradients: k1 none on average, k2 that of KL(pi || ref),
+    k3 that of KL(ref || pi)"""
+    scale_by_std: bool = True
+    """divide by the group's standard deviation; Dr. GRPO does not"""
+    aggregate: Literal["sequence", "token", "constant"] = "sequence"
+    """mean over a completion's tokens, then over completions (DeepSeekMath); one mean over all
+    tokens (DAPO); sum over tokens divided by --max-new-tokens (Dr. GRPO)"""
+
+    eval_size: int = 64
+    """held-out prompts: the first of --eval-dataset, or a tenth of --dataset at most; 0: none"""
+    eval_every: int = 50
+    """steps between evaluations; there is one before the first and one after the last step"""
+    checkpoint_every: int = 50
+    """steps between checkpoints"""
+    num_samples: int = 4
+    """completions a step that go into samples.jsonl"""
+
+
+TOY = dict(model="toy/model", dataset="toy/problems_train.jsonl",
+           eval_dataset="toy/problems_test.jsonl", eval_size=500, learning_rate=2e-4, beta=0.01,
+           num_steps=100, max_new_tokens=48, micro_batch_size=128)
+
+
+# --- The algorithm --------------------------------------------------------------------------------
+
+
+def group_advantages(rewards, num_generations, scale_by_std=True):
+    """Rewards (R,) of completions, prompt-major -> advantages (R,). Book eq. 10.
+
+    A_i = (r_i - mean(r)) / (std(r) + 1e-4) over the group of one prompt; the std is that of a
+    sample (G - 1). Without the division: Dr. GRPO (arXiv:2503.20783).
+    """
+    groups = rewards.view(-1, num_generations)  # (P, G)
+    groups = groups - groups[:, :1]  # rounding of equal rewards would be scaled up: now exactly 0
+    advantages = groups - groups.mean(1, keepdim=True)
+    if scale_by_std:
+        advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
+    return advantages.view(-1)
+
+
+def process_advantages(rewards, ends, num_tokens, num_generations, scale_by_std=True):
+    """Step rewards (R, S) and the tokens at which the steps end (R, S), -1 for none -> (R, T).
+
+    Rewards are normalised over all steps of all completions of a group; a token's advantage is the
+    sum over the steps that end at it or later. DeepSeekMath 4.1.3.
+    """
+    is_step = (ends >= 0).view(-1, num_generations * ends.shape[1])  # (P, G * S)
+    groups = rewards.view(is_step.shape)
+    count = is_step.sum(1, keepdim=True)
+    groups = (groups - masked_mean(groups, is_step, 1)[:, None]) * is_step
+    if scale_by_std:
+        groups = groups / (((groups**2).sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
+    later = ends[:, :, None] >= torch.arange(num_tokens, device=ends.device)  # (R, S, T)
+    return (groups.view(ends.shape)[:, :, None] * later).sum(1)
+
+
+def token_weights(mask, aggregate, max_len):
+    """Completion mask (R, T) -> weights (R, T): the loss is the sum of weights * per_token_loss."""
+    R = len(mask)
+    if aggregate == "sequence":  # 1/R sum_i 1/|y_i| sum_t
+        return mask / mask.sum(1, keepdim=True).clamp(min=1) / R
+    if aggregate == "token":  # 1/sum_i |y_i| sum_i sum_t
+        return mask / mask.sum()
+    return mask / max_len / R  # 1/R sum_i 1/L sum_t, L the same for all
+
+
+def grpo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_eps_high, beta, kl):
+    """All tensors (R, T) -> loss, and where the clip is active (R, T). Book 11.1.5, 11.2.3.
+
+    Per token: -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + beta KL, ratio = pi / pi_old.
+    With old_logps = logps.detach(), the ratio is 1 and its gradient that of log pi: eq. 11.
+    Results add up over micro-batches when the weights are those of the whole step.
+    """
+    ratio = torch.exp(logps - old_logps)
+    pg_losses1 = -advantages * ratio
+    pg_losses2 = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps_high)
+    per_token_loss = torch.max(pg_losses1, pg_losses2)
+    if beta:
+        per_token_loss = per_token_loss + beta * kl_estimate(logps, ref_logps, kl)
+    return (weights * per_token_loss).sum(), pg_losses2 > pg_losses1
+
+
+# --- The task: change this for your own -----------------------------------------------------------
+
+
+def verifier(prompts, completions, rows):
+    """1.0 where the last number of the completion equals the row's `answer`, else 0.0."""
+    numbers = [re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) or ["nan"] for text in completions]
+    answers = [str(row["answer"]).replace(",", "") for row in rows]
+    return [float(float(n[-1].replace(",", "")) == float(a)) for n, a in zip(numbers, answers, strict=True)]
+
+
+def step_ends(pieces, separator):
+    """Texts of a completion's tokens -> index of the last token of each step that is not blank."""
+    ends, text = [], ""
+    for i, piece in enumerate(pieces):
+        *done, text = (text + piece).split(separator)
+        ends += [i for step in done if step.strip()]
+    return ends + [len(pieces) - 1] * bool(text.strip())
+
+
+def process_rewards(values, batch, tokenizer, separator):
+    """R lists of step rewards -> rewards (R, S) and the tokens at which steps end (R, S), -1: none."""
+    S = max(1, *map(len, values))
+    rewards, ends = torch.zeros(len(values), S), torch.full((len(values), S), -1)
+    for i, (ids, mask) in enumerate(zip(batch.completion_ids.cpu(), batch.completion_mask.cpu())):
+        pieces = tokenizer.batch_decode(ids[mask][:, None], skip_special_tokens=True)
+        where = step_ends(pieces, separator)
+        if len(where) != len(values[i]):
+            stop(f"the reward gave {len(values[i])} numbers for the {len(where)} steps, by "
+                 f"--step-separator, of {''.join(pieces)[:80]!r}")
+        rewards[i, :len(where)], ends[i, :len(where)] = torch.tensor(values[i]), torch.tensor(where)
+    return rewards.to(batch.prompt_of.device), ends.to(batch.prompt_of.device)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def mean_reward(values):
+    """Mean of the rewards of completions; a list of step rewards counts as its mean."""
+    return sum(sum(v) / max(1, len(v)) if isinstance(v, list) else v for v in values) / len(values)
+
+
+def evaluate(policy, tokenizer, score, rows, args):
+    """Mean reward of the greedy completions of the rows' prompts: with the verifier, accuracy."""
+    values, size = [], args.num_prompts * args.num_generations
+    for part in (rows[i:i + size] for i in range(0, len(rows), size)):
+        prompts = [row["prompt"] for row in part]
+        texts = generate(policy, tokenizer, prompts, 1, args.max_new_tokens, temperature=0)[1]
+        values += score(prompts, texts, part)
+    return mean_reward(values)
+
+
+def main(args: Args):
+    run = Run(args)
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    G, device = args.num_generations, pick_device(args.device)
+    if G < 2:
+        stop(f"--num-generations {G}: a group of one has nothing to be compared with; use 2 or more")
+    verified = args.reward == "verifier" and not args.reward_model
+    columns = ("prompt", "answer") if verified else ("prompt",)
+    rows = load_rows(args.dataset, *columns)
+    if args.eval_dataset:
+        eval_rows = load_rows(args.eval_dataset, *columns)[:args.eval_size]
+    else:
+        rows, eval_rows = hold_out(rows, args.eval_size, args.seed)
+    score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype)
+    tokenizer = load_tokenizer(args.model)
+    policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype,
+                        args.gradient_checkpointing)
+    ref = load_model(AutoModelForCausalLM, args.model, device, args.dtype) if args.beta else None
+    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate,
+                                  weight_decay=args.weight_decay)
+    updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions
+    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_steps,
+                              args.num_steps * updates)
+    run.begin({"policy": policy, "optimizer": optimizer, "scheduler": scheduler}, args.num_steps)
+
+    def report():
+        if eval_rows:
+            name = "eval_accuracy" if verified else "eval_reward"
+            run.log({name: evaluate(policy, tokenizer, score, eval_rows, args)}, name)
+
+    if run.step == 0:
+        report()
+    for step in run.steps():
+        start = time.time()
+        # 1. Sample G completions of each of P prompts, and score them
+        drawn = random.Random(f"{args.seed} {step}").sample(rows, min(args.num_prompts, len(rows)))
+        batch, texts, ended = generate(policy, tokenizer, [row["prompt"] for row in drawn], G,
+                                       args.max_new_tokens, args.temperature)
+        of_each = [row for row in drawn for _ in range(G)]
+        prompts = [row["prompt"] for row in of_each]
+        values = score(prompts, texts, of_each)
+        mask, (R, T) = batch.completion_mask, batch.completion_ids.shape
+
+        # 2. Advantages of the tokens (R, T)
+        if args.supervision == "outcome":
+            rewards = torch.tensor(values, dtype=torch.float32, device=device)
+            advantages = group_advantages(rewards, G, args.scale_by_std)[:, None].expand(R, T)
+        else:
+            rewards, ends = process_rewards(values, batch, tokenizer, args.step_separator)
+            advantages = process_advantages(rewards, ends, T, G, args.scale_by_std)
+
+        # 3. Log-probs under the reference, and under the policy that sampled. With one gradient
+        #    step these are the training forward's own values (eq. 11): no extra pass.
+        fixed = (args.temperature, args.micro_batch_size, args.share_prompts)
+        ref_logps = fixed_logps(ref, batch, *fixed) if args.beta else torch.zeros(R, T)
+        old_logps = fixed_logps(policy, batch, *fixed) if updates > 1 else None
+        policy_logps = torch.zeros(R, T, device=device) if updates == 1 else old_logps
+
+        # 4. Gradient steps, each on whole groups
+        losses, clipped, kl_old = [], 0.0, 0.0
+        for _ in range(args.num_epochs):
+            order = torch.randperm(len(drawn)) if updates > 1 else torch.arange(len(drawn))
+            for groups in order.tensor_split(args.num_minibatches):
+                index = (groups[:, None] * G + torch.arange(G)).flatten().to(device)
+                weights = token_weights(mask[index], args.aggregate, args.max_new_tokens)
+                loss = 0.0
+                for i in range(0, len(index), args.micro_batch_size):
+                    mb = index[i:i + args.micro_batch_size]
+                    part = batch.rows(mb)
+                    t = part.completion_ids.shape[1]
+                    logps = completion_logps(policy, part, args.temperature, args.share_prompts)
+                    if updates == 1:
+                        policy_logps[mb, :t] = logps.detach()
+                    mb_loss, active = grpo_loss(
+                        logps, policy_logps[mb, :t], ref_logps[mb, :t], advantages[mb, :t],
+                        weights[i:i + args.micro_batch_size, :t], args.clip_eps,
+                        args.clip_eps_high or args.clip_eps, args.beta, args.kl)
+                    mb_loss.backward()
+                    loss += mb_loss.item()
+                    clipped += (active & part.completion_mask).sum().item()
+                    kl_old += kl_estimate(policy_logps[mb, :t], logps.detach(), "k3").sum().item()
+                lr = scheduler.get_last_lr()[0]
+                grad_norm = update(optimizer, scheduler, loss, args.max_grad_norm)
+                losses.append(loss)
+
+        # 5. Log
+        num_tokens = mask.sum().item()
+        level = (rewards.view(len(drawn), -1) == rewards.view(len(drawn), -1)[:, :1]).all(1)
+        metrics = {
+            "reward": mean_reward(values), "reward_std": rewards.std(),
+            "no_signal": level.float().mean(),  # groups whose rewards are all equal: A = 0
+            "ended": ended.float().mean(), "completion_length": num_tokens / R,
+            "entropy": -masked_mean(policy_logps, mask),  # E[-log pi], from the tokens sampled
+            "loss": sum(losses) / updates, "grad_norm": grad_norm, "lr": lr,
+            "clip_frac": clipped / num_tokens / args.num_epochs,
+            "approx_kl": kl_old / num_tokens / args.num_epochs,
+            "tokens_per_second": num_tokens / (time.time() - start)}
+        if args.beta:
+            kl = kl_estimate(policy_logps, ref_logps, "k1")
+            metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask)}
+        if not verified and "answer" in drawn[0]:
+            metrics["gold_reward"] = mean_reward(verifier(prompts, texts, of_each))
+        run.log(metrics, "reward", "kl", "completion_length")
+        run.samples(prompts[:args.num_samples], texts, values)
+        if metrics["ended"] < 0.8:
+            warnings.warn("more than 20 % of a step's completions ran into --max-new-tokens and "
+                          "count as they stand: raise it, or reward ending")
+        if step % args.eval_every == 0 or step == args.num_steps:
+            report()
+    run.finish(tokenizer, {"final": policy})
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, TOY))
