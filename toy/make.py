@@ -1,9 +1,9 @@
 """Make the toy: column addition written out step by step, by demonstrators who make mistakes.
 
-    587+46   ->   7+6=13        one column a line, from the right; the carry of the column before is
-                  8+4+1=13      the third number; a missing digit is 0
-                  5+0+1=6
-                  633           the answer
+587+  46   ->   7+6+0=13      one column a line, from the right: digit + digit + carry = total
+                   8+4+1=13
+                   5+0+1=06
+                   633           the answer
 
 70 in 100 demonstrators forget carries from the third column on, and 2 per cent of all steps slip. A
 model that imitates them learns the mistakes too; preferences and rewards can repair them.
@@ -27,14 +27,14 @@ SEED = 0
 
 
 def columns(prompt):
-    """Digits of both numbers from the right, the shorter padded with 0: "587+46" -> (7,6) (8,4) (5,0)."""
-    a, b = (x[::-1] for x in prompt.split("+"))
+    """Digits of both numbers from the right, the shorter padded: " 587+  46" -> (7,6) (8,4) (5,0)."""
+    a, b = (x.strip()[::-1] for x in prompt.split("+"))
     width = max(len(a), len(b))
     return [(int(x), int(y)) for x, y in zip(a.ljust(width, "0"), b.ljust(width, "0"), strict=True)]
 
 
 def step_text(x, y, carry, total):
-    return f"{x}+{y}+1={total}" if carry else f"{x}+{y}={total}"
+    return f"{x}+{y}+{carry}={total:02d}"
 
 
 def answer_text(totals):
@@ -69,7 +69,7 @@ def grade_steps(prompt, completion):
             carry = int(i > 0 and totals[-1] >= 10)
             right = line == step_text(*pairs[i], carry, sum(pairs[i]) + carry)
             total = line.rpartition("=")[2]
-            totals.append(int(total) if total.isdecimal() and len(total) < 4 else 0)
+            totals.append(int(total) if total.isdecimal() and len(total) == 2 else 0)
         else:
             right = i == len(pairs) and line == answer_text(totals)
         labels.append((0 if -1 in labels else 1) if right else -1)
@@ -99,9 +99,10 @@ def problems(rng, number, taken):
     found = []
     while len(found) < number:
         a, b = (rng.randrange(10 ** (n - 1), 10**n) for n in (rng.randint(2, 4), rng.randint(2, 4)))
-        if f"{a}+{b}" not in taken:
-            taken.add(f"{a}+{b}")
-            found.append(f"{a}+{b}")
+        prompt = f"{a:4d}+{b:4d}"
+        if prompt not in taken:
+            taken.add(prompt)
+            found.append(prompt)
     return found
 
 
@@ -157,7 +158,7 @@ def make_config(tokenizer):
 
     return LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
-        num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 100.0}, max_position_embeddings=256, tie_word_embeddings=True,
+        num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 100.0}, max_position_embeddings=256, initializer_range=0.08, tie_word_embeddings=True,
         bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
