@@ -86,8 +86,7 @@ class Args:
 
 
 TOY = dict(model="toy/model", dataset="toy/sft_train.jsonl", eval_dataset="toy/sft_test.jsonl",
-           from_scratch=True, learning_rate=2e-3, lr_schedule="cosine", warmup_ratio=0.05,
-           num_epochs=1,
+           from_scratch=True, learning_rate=1e-3, lr_schedule="cosine", warmup_ratio=0.05,
            micro_batch_size=32, max_new_tokens=48)
 
 
