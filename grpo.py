@@ -123,8 +123,9 @@ class Args:
 
 
 TOY = dict(model="toy/model", dataset="toy/problems_train.jsonl",
-           eval_dataset="toy/problems_test.jsonl", eval_size=500, learning_rate=2e-4, beta=0.01,
-           num_steps=100, max_new_tokens=48, micro_batch_size=128)
+           eval_dataset="toy/problems_test.jsonl", eval_size=500, eval_every=40, num_steps=80,
+           num_prompts=32, max_new_tokens=48, micro_batch_size=256, learning_rate=2e-4,
+           lr_schedule="linear", beta=0.01)
 
 
 # --- The algorithm --------------------------------------------------------------------------------
