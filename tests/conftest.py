@@ -1,0 +1,91 @@
+"""Tiny random models of several shapes and a byte tokenizer, made in code: no network, CPU only."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
+torch.set_num_threads(2)
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def make_tokenizer(chat=True, pad_is_eos=False):
+    vocab = ["<pad>", "<eos>", "<bos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tok = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(vocab)}, merges=[]))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        pad_token="<eos>" if pad_is_eos else "<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+    )
+    tokenizer.chat_template = TEMPLATE if chat else None
+    return tokenizer
+
+
+def make_model(kind, seed=0):
+    """Random weights large enough for log-probs to differ from token to token."""
+    torch.manual_seed(seed)
+    ids = dict(vocab_size=259, bos_token_id=2, eos_token_id=1, pad_token_id=0)
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    shape |= dict(max_position_embeddings=512, initializer_range=0.2)
+    group = dict(num_key_value_heads=2, head_dim=8)
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**ids, **shape, **group))
+    elif kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**ids, **shape, **group))
+    elif kind == "gemma3":  # one sliding-window layer, with a window shorter than the prompts
+        config = Gemma3TextConfig(**ids, **shape, **group, sliding_window=8)
+        config.layer_types = ["sliding_attention", "full_attention"]
+        model = Gemma3ForCausalLM(config)
+    elif kind == "gpt2":
+        config = GPT2Config(n_embd=32, n_layer=2, n_head=4, initializer_range=0.2, **ids)
+        model = GPT2LMHeadModel(config)  # its dropout is 0.1: eval mode must keep it off
+    else:
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(**ids, **shape))
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return make_model("llama")
+
+
+@pytest.fixture(scope="session")
+def real_model():
+    """Folder of a real chat model: $REAL_MODEL, or where tools/smollm2.py puts one."""
+    default = Path.home() / ".cache" / "smollm2-135m-instruct"
+    folder = Path(os.environ.get("REAL_MODEL", default))
+    if not (folder / "model.safetensors").exists():
+        pytest.skip(f"no real model in {folder}; name one with REAL_MODEL=FOLDER")
+    return str(folder)

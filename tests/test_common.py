@@ -1,0 +1,428 @@
+"""common.py against slow loops, enumeration and transformers' own generate."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_model, make_tokenizer
+from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+
+import common
+
+KINDS = ["llama", "qwen3", "gemma3", "gpt2", "neox"]
+PROMPTS = ["short", "a much longer prompt than that", "mid-size one"]
+COMPLETIONS = [["yes", "no, never", "x"], ["perhaps"], ["a", "b c d e f g h i j"]]
+
+
+@pytest.fixture(scope="module")
+def batch(tokenizer):
+    return common.encode(tokenizer, PROMPTS, COMPLETIONS)
+
+
+def sequences(batch):
+    """(prompt ids, completion ids) of each completion without padding, as lists."""
+    for i, p in enumerate(batch.prompt_of.tolist()):
+        yield (
+            batch.prompt_ids[p][batch.prompt_mask[p]].tolist(),
+            batch.completion_ids[i][batch.completion_mask[i]].tolist(),
+        )
+
+
+# --- Batches --------------------------------------------------------------------------------------
+
+
+def test_encode_pads_prompts_left_and_completions_right(batch):
+    assert batch.prompt_of.tolist() == [0, 0, 0, 1, 2, 2]
+    assert batch.prompt_mask[:, -1].all() and batch.completion_mask[:, 0].all()
+    assert not batch.prompt_mask[0, 0] and not batch.completion_mask[0, -1]
+
+
+def test_bos_once_and_end_of_turn_last(tokenizer, batch):
+    for prompt, completion in sequences(batch):
+        assert prompt.count(tokenizer.bos_token_id) == 1 and prompt[0] == tokenizer.bos_token_id
+        assert completion[-1] == tokenizer.eos_token_id
+        assert completion.count(tokenizer.eos_token_id) == 1
+
+
+def test_the_text_survives(tokenizer, batch):
+    texts = [text for group in COMPLETIONS for text in group]
+    for (prompt, completion), text in zip(sequences(batch), texts, strict=True):
+        assert tokenizer.decode(completion[:-1]) == text
+        assert tokenizer.decode(prompt).endswith("<eos>[assistant]")
+
+
+@pytest.mark.parametrize("end", ["a", " ", "\n", "  \n\n"])
+def test_no_token_straddles_prompt_and_completion(end):
+    plain = make_tokenizer(chat=False)
+    batch = common.encode(plain, ["text" + end], [[end + "more"]])
+    prompt, completion = next(sequences(batch))
+    assert plain.decode(prompt) == "text" + end
+    assert plain.decode(completion[:-1]) == end + "more"
+
+
+def test_without_a_template_text_is_taken_as_it_stands():
+    plain = make_tokenizer(chat=False)
+    assert common.encode_prompt(plain, "ab") == plain("ab")["input_ids"]
+    with pytest.raises(SystemExit, match="chat template"):
+        common.encode_prompt(plain, [{"role": "user", "content": "ab"}])
+
+
+def test_the_templates_own_end_of_turn_is_used():
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "<turn>\n")
+    assert common.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<turn>")
+
+
+def test_a_cut_completion_has_no_end(tokenizer):
+    prompt = len(common.encode_prompt(tokenizer, "p"))
+    batch = common.encode(tokenizer, ["p"], [["abcdef", "ab"]], max_length=prompt + 4)
+    assert batch.completion_mask.sum(1).tolist() == [4, 3]
+    assert tokenizer.eos_token_id not in batch.completion_ids[0].tolist()
+    assert batch.completion_ids[1, 2] == tokenizer.eos_token_id
+
+
+def test_rows_keeps_each_completion_with_its_prompt(batch):
+    all_rows = list(sequences(batch))
+    for index in ([4], [5, 0, 3], [1, 1], [2, 4]):
+        assert list(sequences(batch.rows(torch.tensor(index)))) == [all_rows[i] for i in index]
+
+
+def test_pad_equal_to_eos_hides_no_eos():
+    tokenizer = make_tokenizer(pad_is_eos=True)
+    batch = common.encode(tokenizer, PROMPTS, COMPLETIONS)
+    for (prompt, completion), text in zip(sequences(batch), sum(COMPLETIONS, []), strict=True):
+        assert len(completion) == len(text) + 1 and completion[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id in prompt  # the template closes the user's turn with it
+
+
+# --- Log-probs ------------------------------------------------------------------------------------
+
+
+def slow_logps(model, prompt, completion, temperature):
+    """One forward a token over the prefix, no padding, no cache."""
+    out = []
+    for t, token in enumerate(completion):
+        logits = model(torch.tensor([prompt + completion[:t]])).logits[0, -1]
+        out.append((logits / temperature).log_softmax(-1)[token].item())
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("share", [True, False])
+def test_logps_equal_a_slow_loop(kind, temperature, share, batch):
+    model = make_model(kind)
+    with torch.no_grad():
+        logps = common.completion_logps(model, batch, temperature, share)
+        for i, (prompt, completion) in enumerate(sequences(batch)):
+            want = slow_logps(model, prompt, completion, temperature)
+            got = logps[i, : len(want)].tolist()
+            assert got == pytest.approx(want, abs=1e-4), (kind, i)
+            assert (logps[i, len(want) :] == 0).all()
+    assert logps.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_and_plain_prompts_have_equal_gradients(kind, batch):
+    weights = torch.randn(batch.completion_ids.shape, generator=torch.manual_seed(0))
+    grads = []
+    for share in (True, False):
+        model = make_model(kind)
+        (weights * common.completion_logps(model, batch, 0.7, share)).sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 10
+    for name in grads[0]:
+        scale = grads[1][name].abs().max()
+        assert torch.allclose(grads[0][name], grads[1][name], atol=1e-4 * scale), name
+
+
+def test_a_prompt_is_really_computed_once(batch, llama, monkeypatch):
+    seen = []
+    forward = type(llama.model).forward
+
+    def spy(self, input_ids, **options):  # the backbone's own keyword arguments
+        seen.append(input_ids.numel())
+        return forward(self, input_ids, **options)
+
+    monkeypatch.setattr(type(llama.model), "forward", spy)
+    with torch.no_grad():
+        common.completion_logps(llama, batch)
+    T = batch.completion_ids.shape[1] - 1
+    assert seen == [batch.prompt_ids.numel(), len(batch.prompt_of) * T]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_padding_changes_nothing(kind, batch):
+    model = make_model(kind)
+    wide = common.Batch(
+        torch.nn.functional.pad(batch.prompt_ids, (5, 0), value=7),
+        torch.nn.functional.pad(batch.prompt_mask, (5, 0)),
+        torch.nn.functional.pad(batch.completion_ids, (0, 6), value=9),
+        torch.nn.functional.pad(batch.completion_mask, (0, 6)),
+        batch.prompt_of,
+    )
+    junk = common.Batch(
+        batch.prompt_ids.where(batch.prompt_mask, torch.tensor(11)),
+        batch.prompt_mask,
+        batch.completion_ids.where(batch.completion_mask, torch.tensor(13)),
+        batch.completion_mask,
+        batch.prompt_of,
+    )
+    T = batch.completion_ids.shape[1]
+    with torch.no_grad():
+        for share in (True, False):
+            want = common.completion_logps(model, batch, share_prompts=share)
+            for other in (wide, junk):
+                got = common.completion_logps(model, other, share_prompts=share)
+                assert torch.allclose(got[:, :T], want, atol=1e-5)
+                assert (got[:, T:] == 0).all()
+
+
+def test_the_first_eos_is_trained_and_nothing_after_it():
+    tokenizer, model = make_tokenizer(pad_is_eos=True), make_model("llama")
+    batch = common.encode(tokenizer, ["p"], [["ab", "abcdef"]])
+    logps = common.completion_logps(model, batch)
+    assert (logps[0] != 0).tolist() == [True] * 3 + [False] * 4  # a b EOS, then padding
+
+
+def test_fixed_logps_in_any_micro_batch(batch, llama):
+    want = common.completion_logps(llama, batch).detach()
+    for size in (1, 2, 4, 100):
+        got = common.fixed_logps(llama, batch, micro_batch_size=size)
+        assert torch.allclose(got, want, atol=1e-5) and not got.requires_grad
+
+
+def test_bfloat16_autocast_still_gives_float32_logps(batch):
+    model = make_model("llama")
+    want = common.completion_logps(model, batch)
+    model.autocast_dtype = torch.bfloat16
+    got = common.completion_logps(model, batch)
+    assert got.dtype == torch.float32 and 0 < (got - want).abs().max() < 1.0
+    # log-softmax is taken in float32: the values are not all multiples of bfloat16's steps
+    assert (got.detach() != got.detach().bfloat16().float()).any()
+    got.sum().backward()
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_gradient_checkpointing_changes_no_gradient(batch, tmp_path):
+    make_model("gpt2").save_pretrained(tmp_path)
+    from transformers import AutoModelForCausalLM
+
+    grads = []
+    for checkpointing in (False, True):
+        model = common.load_model(
+            AutoModelForCausalLM, tmp_path, torch.device("cpu"), checkpointing=checkpointing
+        )
+        common.completion_logps(model, batch).sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        _, texts, _ = common.generate(model, make_tokenizer(), PROMPTS, 2, 8, temperature=0)
+        grads.append(texts)
+    assert torch.allclose(grads[0], grads[2], atol=1e-4 * grads[0].abs().max())
+    assert grads[1] == grads[3]
+
+
+def test_dropout_in_the_config_stays_off(batch, tmp_path):
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=259, resid_pdrop=0.5)
+    config.attn_pdrop = config.embd_pdrop = 0.5
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    for checkpointing in (False, True):
+        model = common.load_model(
+            AutoModelForCausalLM, tmp_path, torch.device("cpu"), checkpointing=checkpointing
+        )
+        first, second = (common.completion_logps(model, batch) for _ in range(2))
+        assert torch.equal(first, second)
+
+
+def test_scores_at_each_token_alone_and_in_a_batch(batch, llama, tmp_path):
+    torch.manual_seed(1)
+    config = llama.config
+    model = LlamaForSequenceClassification(type(config)(**config.to_dict() | {"num_labels": 1}))
+    model = model.eval()
+    with torch.no_grad():
+        for share in (True, False):
+            scores = common.completion_scores(model, batch, share)[..., 0]
+            for i, (prompt, completion) in enumerate(sequences(batch)):
+                hidden = model.model(torch.tensor([prompt + completion])).last_hidden_state
+                want = model.score(hidden)[0, len(prompt) :, 0]
+                assert torch.allclose(scores[i, : len(want)], want, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    again = common.load_model(
+        AutoModelForSequenceClassification, tmp_path, torch.device("cpu")
+    )
+    with torch.no_grad():
+        assert torch.allclose(common.completion_scores(again, batch)[..., 0], scores, atol=1e-5)
+
+
+def test_a_missing_head_is_refused(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="score.weight"):
+        common.load_model(AutoModelForSequenceClassification, tmp_path, torch.device("cpu"))
+
+
+# --- Generation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_equals_transformers_generate(kind, tokenizer):
+    model = make_model(kind)
+    batch, texts, ended = common.generate(model, tokenizer, PROMPTS, 2, 24, temperature=0)
+    for i, (_, got) in enumerate(sequences(batch)):
+        ids = common.encode_prompt(tokenizer, PROMPTS[i // 2])
+        want = model.generate(
+            torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=0
+        )[0, len(ids) :].tolist()
+        assert got == want
+        assert ended[i] == (want[-1] == tokenizer.eos_token_id)
+    assert batch.prompt_of.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_rows_end_at_their_own_time_and_are_dropped(tokenizer, llama, monkeypatch):
+    """Force EOS at chosen times: rows keep their own tokens, the batch shrinks, the mask fits."""
+    ends, widths, t = [1, 3, 3, 9, 20, 20], [], [0]
+    order = torch.arange(6)
+
+    def sample(logits, temperature, top_p, top_k):
+        nonlocal order
+        widths.append(len(logits))
+        if len(logits) < len(order):
+            order = torch.tensor([i for i in order.tolist() if ends[i] > t[0]])
+        t[0] += 1
+        # each row writes its own letter until its time has come
+        return torch.tensor(
+            [tokenizer.eos_token_id if t[0] == ends[i] else 100 + i for i in order.tolist()]
+        )
+
+    monkeypatch.setattr(common, "_sample", sample)
+    batch, _, ended = common.generate(llama, tokenizer, PROMPTS, 2, 12)
+    assert batch.completion_mask.sum(1).tolist() == [1, 3, 3, 9, 12, 12]
+    assert ended.tolist() == [True] * 4 + [False] * 2
+    for i, (_, ids) in enumerate(sequences(batch)):
+        assert set(ids[:-1]) <= {100 + i}
+    assert widths[0] == 6 and widths[-1] == 2
+
+
+def test_sampling_goes_on_right_after_rows_were_dropped(tokenizer):
+    """The log-probs of what was sampled at T -> 0 must be the greedy ones, also after drops."""
+    model = make_model("llama")
+    batch, _, _ = common.generate(model, tokenizer, PROMPTS * 4, 3, 40, temperature=1e-4)
+    greedy, _, _ = common.generate(model, tokenizer, PROMPTS * 4, 3, 40, temperature=0)
+    assert torch.equal(batch.completion_ids, greedy.completion_ids)
+
+
+def test_every_eos_of_the_model_ends_a_completion(tokenizer):
+    model = make_model("llama")
+    _, texts, _ = common.generate(model, tokenizer, ["p"], 1, 6, temperature=0)
+    batch, _, _ = common.generate(model, tokenizer, ["p"], 1, 6, temperature=0)
+    third = batch.completion_ids[0, 2].item()
+    model.generation_config.eos_token_id = [1, third]
+    batch, texts, ended = common.generate(model, tokenizer, ["p"], 1, 6, temperature=0)
+    ids = batch.completion_ids[0].tolist()
+    assert ids[-1] == third and third not in ids[:-1] and ended.all()
+
+
+def test_the_models_own_sampling_values_are_not_used(tokenizer):
+    model = make_model("llama")
+    torch.manual_seed(0)
+    want, _, _ = common.generate(model, tokenizer, ["p"], 64, 4)
+    model.generation_config.update(do_sample=True, top_k=1, temperature=0.01, top_p=0.1)
+    torch.manual_seed(0)
+    got, _, _ = common.generate(model, tokenizer, ["p"], 64, 4)
+    assert torch.equal(got.completion_ids, want.completion_ids)
+    assert len(set(got.completion_ids[:, 0].tolist())) > 5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_samples_follow_the_models_distribution(tokenizer, temperature):
+    model = make_model("llama")
+    torch.manual_seed(0)
+    batch, _, _ = common.generate(model, tokenizer, ["p"], 4000, 1, temperature)
+    ids = torch.tensor([common.encode_prompt(tokenizer, "p")])
+    with torch.no_grad():
+        probs = (model(ids).logits[0, -1] / temperature).softmax(-1)
+    counts = torch.bincount(batch.completion_ids[:, 0], minlength=259) / 4000
+    assert (counts - probs).abs().max() < 0.04
+
+
+def test_top_k_and_top_p(tokenizer):
+    model = make_model("llama")
+    ids = torch.tensor([common.encode_prompt(tokenizer, "p")])
+    with torch.no_grad():
+        probs = model(ids).logits[0, -1].softmax(-1)
+    order = probs.argsort(descending=True).tolist()
+    nucleus = next(k for k in range(1, 259) if probs[order[:k]].sum() >= 0.3)
+    for options, allowed in (({"top_k": 3}, 3), ({"top_p": 0.3}, nucleus)):
+        torch.manual_seed(0)
+        batch, _, _ = common.generate(model, tokenizer, ["p"], 500, 1, **options)
+        assert set(batch.completion_ids[:, 0].tolist()) == set(order[:allowed])
+
+
+# --- KL -------------------------------------------------------------------------------------------
+
+
+def two_softmaxes():
+    g = torch.Generator().manual_seed(3)
+    return torch.randn(6, generator=g).double(), torch.randn(6, generator=g).double()
+
+
+def test_kl_estimates_by_enumeration():
+    logits, ref = two_softmaxes()
+    logp, logq = logits.log_softmax(-1), ref.log_softmax(-1)
+    p = logp.exp()
+    exact = (p * (logp - logq)).sum()
+    assert exact > 0.1
+    for kind in ("k1", "k3"):  # unbiased
+        assert (p * common.kl_estimate(logp, logq, kind)).sum() == pytest.approx(exact.item())
+    assert common.exact_kl(logits, ref).item() == pytest.approx(exact.item(), rel=1e-5)
+    assert (common.kl_estimate(logp, logq, "k3") >= 0).all()
+    assert (common.kl_estimate(logp, logq, "k2") >= 0).all()
+    rare = torch.tensor([math.log(0.2)]), torch.tensor([math.log(0.1)])
+    assert common.kl_estimate(*rare, "k1").item() == pytest.approx(math.log(2))
+    assert common.kl_estimate(*rare, "k2").item() == pytest.approx(math.log(2) ** 2 / 2)
+    assert common.kl_estimate(*rare, "k3").item() == pytest.approx(0.5 - 1 + math.log(2))
+
+
+def test_expected_gradients_of_the_kl_estimates():
+    """As losses on samples from pi: k1 none, k2 that of KL(pi||ref), k3 that of KL(ref||pi)."""
+    logits, ref = two_softmaxes()
+    logits.requires_grad_()
+    logq = ref.log_softmax(-1)
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, logits)[0]
+
+    logp = logits.log_softmax(-1)
+    forward = gradient((logp.exp() * (logp - logq)).sum())
+    logp = logits.log_softmax(-1)
+    reverse = gradient((logq.exp() * (logq - logp)).sum())
+    for kind, want in (("k1", torch.zeros(6)), ("k2", forward), ("k3", reverse)):
+        logp = logits.log_softmax(-1)
+        got = gradient((logp.detach().exp() * common.kl_estimate(logp, logq, kind)).sum())
+        assert torch.allclose(got, want.double(), atol=1e-9), kind
+
+
+def test_masked_mean():
+    x, mask = torch.tensor([[1.0, 2, 99], [4, 99, 99]]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
+    assert common.masked_mean(x, mask).item() == pytest.approx(7 / 3)
+    assert common.masked_mean(x, mask, 1).tolist() == [1.5, 4.0]
+    assert common.masked_mean(x, mask & False).item() == 0.0
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def test_hold_out_splits_by_prompt():
+    rows = [{"prompt": f"p{i % 50}", "n": i} for i in range(200)]
+    train, test = common.hold_out(rows, 5, 0)
+    assert len(train) + len(test) == 200 and len({r["prompt"] for r in test}) == 5
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in test}
+    assert common.hold_out(rows, 0, 0)[1] == []
+
+
+def test_a_reward_file_and_its_values(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def f(prompts, completions, rows):\n    return [len(c) for c in completions]")
+    score = common.load_reward(f"{path}:f", None)
+    assert score(["p", "p"], ["abc", ""], [{}, {}]) == [3, 0]  # 0 is a value, not a lack of one
