@@ -123,7 +123,7 @@ class Args:
 
 
 TOY = dict(model="toy/model", dataset="toy/problems_train.jsonl",
-           eval_dataset="toy/problems_test.jsonl", eval_size=500, eval_every=40, num_steps=80,
+           eval_dataset="toy/problems_test.jsonl", eval_size=500, eval_every=30, num_steps=60,
            num_prompts=32, max_new_tokens=48, micro_batch_size=256, learning_rate=2e-4,
            lr_schedule="linear", beta=0.01)
 
@@ -294,7 +294,7 @@ def main(args: Args):
         # 3. Log-probs under the reference, and under the policy that sampled. With one gradient
         #    step these are the training forward's own values (eq. 11): no extra pass.
         fixed = (args.temperature, args.micro_batch_size, args.share_prompts)
-        ref_logps = fixed_logps(ref, batch, *fixed) if args.beta else torch.zeros(R, T)
+        ref_logps = fixed_logps(ref, batch, *fixed) if args.beta else torch.zeros_like(advantages)
         old_logps = fixed_logps(policy, batch, *fixed) if updates > 1 else None
         policy_logps = torch.zeros(R, T, device=device) if updates == 1 else old_logps
 
