@@ -6,19 +6,16 @@ completions begins, and is computed once for all of them. Bad input ends the pro
 """
 
 import contextlib
-import dataclasses
-import importlib.util
-import itertools
 import json
 import math
-import numbers
 import os
 import random
+import runpy
 import shutil
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -32,11 +29,9 @@ from transformers.utils import logging
 ROOT = Path(__file__).resolve().parent
 logging.disable_progress_bar()
 
-
 def stop(message):
     """Raise SystemExit: `message` as one line on stderr, exit code 1."""
     raise SystemExit(f"{Path(sys.argv[0]).name}: " + " ".join(str(message).split())[:500])
-
 
 @contextlib.contextmanager
 def stop_on(*kinds, saying):
@@ -47,18 +42,15 @@ def stop_on(*kinds, saying):
         at = traceback.extract_tb(e.__traceback__)[-1]
         stop(f"{saying} ({type(e).__name__}: {e}; {Path(at.filename).name}:{at.lineno})")
 
-
 def parse_args(Args, toy):
     """Command line -> Args. Without --model the defaults are `toy`; paths in it count from here."""
+    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in toy.items())
     toy = {k: str(ROOT / v) if str(v).startswith("toy/") else v for k, v in toy.items()}
-    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in toy.items()).replace(f"{ROOT}/", "")
     given = {a.split("=")[0] for a in sys.argv[1:]}
     default = None if given & {"--model", "--help", "-h"} else Args(**toy)
     return tyro.cli(Args, default=default, description=f"Without --model the defaults are: {flags}")
 
-
 # --- Data and models ------------------------------------------------------------------------------
-
 
 def load_rows(path, *columns):
     """JSON Lines file, or `owner/name:split` of the hub (needs `datasets`) -> list of dicts.
@@ -66,48 +58,36 @@ def load_rows(path, *columns):
     columns: what no row may lack or leave empty; a tuple names alternatives.
     """
     if Path(path).is_file():
-        lines = list(enumerate(Path(path).read_bytes().splitlines(), 1))
-    elif path.endswith((".json", ".jsonl")) or not importlib.util.find_spec("datasets"):
-        stop(f"{path}: no such file (a data set of the hub needs `pip install datasets`)")
+        lines = Path(path).read_bytes().splitlines()
     else:
-        with stop_on(Exception, saying=f"{path}: no such file, nor a data set the hub gives"):
+        with stop_on(Exception, saying=f"{path}: no such file (the hub needs `datasets`)"):
             from datasets import load_dataset
             name, _, split = path.partition(":")
-            lines = [(n, json.dumps(row)) for n, row in enumerate(load_dataset(name, split=split), 1)]
+            lines = [json.dumps(row) for row in load_dataset(name, split=split or "train")]
     rows = []
-    for n, line in lines:
-        if not line.strip():
-            continue
-        where = f"{path}, line {n}"
-        with stop_on(ValueError, saying=f"{where}: not JSON; the file needs one object a line"):
-            row = json.loads(line)
-        if not isinstance(row, dict):
-            stop(f"{where}: not a JSON object such as {{'prompt': 'text'}}")
-        for names in columns:
-            names = (names,) if isinstance(names, str) else names
-            values = [row[name] for name in names if row.get(name) is not None]
+    for where, line in [(f"{path}, line {n}", x) for n, x in enumerate(lines, 1) if x.strip()]:
+        with stop_on(ValueError, TypeError, saying=f"{where}: no JSON object; it needs one a line"):
+            rows.append(dict(json.loads(line)))
+        for names in [(c,) if isinstance(c, str) else c for c in columns]:
+            values = [rows[-1][name] for name in names if rows[-1].get(name) is not None]
             if not values or values[0] == [] or not str(values[0]).strip():
                 what = f"{'an empty' if values else 'no'} {' or '.join(names)}"
-                stop(f"{where}: {what}; the columns it has are {', '.join(row)}")
-        rows.append(row)
+                stop(f"{where}: {what}; the columns it has are {', '.join(rows[-1])}")
     return rows or stop(f"{path}: no rows")
-
 
 def hold_out(rows, num_prompts, seed):
     """Rows -> (train, held out), by prompt, so that none is on both sides; at most a tenth."""
     keys = [json.dumps(row.get("prompt") or row["messages"][0]) for row in rows]
-    unique = sorted(set(keys))
+    unique, sides = sorted(set(keys)), ([], [])
     held = set(random.Random(seed).sample(unique, min(num_prompts, len(unique) // 10)))
-    return ([row for row, key in zip(rows, keys, strict=True) if key not in held],
-            [row for row, key in zip(rows, keys, strict=True) if key in held])
-
+    for row, key in zip(rows, keys, strict=True):
+        sides[key in held].append(row)
+    return sides
 
 def pick_device(device="auto"):
     """auto -> cuda, else mps, else cpu."""
-    auto = "mps" if torch.backends.mps.is_available() else "cpu"
-    auto = "cuda" if torch.cuda.is_available() else auto
-    return torch.device(auto if device == "auto" else device)
-
+    found = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    return torch.device(found[0] if device == "auto" else device)
 
 def load_tokenizer(path):
     """Tokenizer of a model folder or hub name; one without an EOS is refused."""
@@ -116,7 +96,6 @@ def load_tokenizer(path):
     if tokenizer.eos_token_id is None:
         stop(f"{path}: its tokenizer has no EOS, so no completion could end; set its eos_token")
     return tokenizer
-
 
 def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False):
     """Model of a Transformers auto class, from a folder or hub name, with float32 weights.
@@ -127,14 +106,13 @@ def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from
     with stop_on(Exception, saying=f"{path}: no model there that {auto_class.__name__} loads"):
         config, info = AutoConfig.from_pretrained(path), {"missing_keys": ()}
         for key, value in vars(config).items():
-            # With dropout, two forwards of one policy differ and no ratio is 1.
             if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)
+                setattr(config, key, 0.0)  # else two forwards of one policy differ: no ratio is 1
         if from_scratch:
             model = auto_class.from_config(config, dtype=torch.float32)
         else:
-            options = {"dtype": torch.float32, "output_loading_info": True}
-            model, info = auto_class.from_pretrained(path, config=config, **options)
+            model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32,
+                                                     output_loading_info=True)
     if info["missing_keys"]:  # Transformers only warns, and makes up random weights
         stop(f"{path}: no weights for {', '.join(sorted(info['missing_keys'])[:3])} in it")
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
@@ -144,19 +122,16 @@ def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device).eval()
 
-
 def check_prompts(tokenizer, model, rows, max_new_tokens):
     """Stop where a prompt is empty, or with its completion would not fit in the model's context."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     for row in rows:
         length = len(encode_prompt(tokenizer, row["prompt"]))
         if not 0 < length <= context - max_new_tokens:
-            stop(f"a prompt of {length} tokens and --max-new-tokens {max_new_tokens} do not fit in the "
-                 f"model's {context}: {str(row['prompt'])[:80]!r}")
-
+            stop(f"a prompt of {length} tokens with --max-new-tokens {max_new_tokens} does not fit "
+                 f"in the model's {context}: {str(row['prompt'])[:80]!r}")
 
 # --- Batches --------------------------------------------------------------------------------------
-
 
 @dataclass
 class Batch:
@@ -182,8 +157,7 @@ class Batch:
 
     def to(self, device):
         """The same on `device`."""
-        return Batch(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
-
+        return Batch(*(x.to(device) for x in vars(self).values()))
 
 def encode_prompt(tokenizer, prompt):
     """Text or chat messages -> list of token ids, up to where the completion begins.
@@ -200,7 +174,6 @@ def encode_prompt(tokenizer, prompt):
     ids = tokenizer(prompt)["input_ids"]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some close every text
 
-
 def end_of_turn(tokenizer):
     """Id that closes a completion: what the chat template puts after an answer, else the EOS."""
     ids = []
@@ -209,7 +182,6 @@ def end_of_turn(tokenizer):
         text = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
-
 
 def encode(tokenizer, prompts, completions, max_length=None):
     """P prompts (texts or chats) and for each of them a list of completion texts -> Batch.
@@ -229,56 +201,49 @@ def encode(tokenizer, prompts, completions, max_length=None):
     prompt_of = torch.tensor([i for i, texts in enumerate(completions) for _ in texts])
     return Batch(*_pad(prompt_rows, left=True), *_pad(rows, left=False), prompt_of)
 
-
 def _pad(rows, left):
     lengths = torch.tensor([[len(row)] for row in rows])
     place = torch.arange(int(lengths.max()))[None]
     # From lengths, never from `ids != pad`: many tokenizers use one id for pad and EOS.
     mask = place >= lengths.max() - lengths if left else place < lengths
     ids = torch.zeros(mask.shape, dtype=torch.long)  # padding is never read: any id will do
-    ids[mask] = torch.tensor(list(itertools.chain(*rows)))
+    ids[mask] = torch.tensor([i for row in rows for i in row])
     return ids, mask
-
 
 # --- Generation and log-probs ---------------------------------------------------------------------
 
-
-def _call(model, net, ids, mask, cache=None, **keep):
+def _call(model, net, ids, mask, cache=None, keep=None):
     # One forward of `net`, which is `model` or its backbone, on ids that follow those in the cache.
     if getattr(model, "recompute", False):
         model.train(torch.is_grad_enabled())  # else layers neither checkpoint nor fill a cache
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # left padding does not count
+    options = {"logits_to_keep": keep} if keep and net is model else {}
     dtype = getattr(model, "autocast_dtype", None)
     with torch.autocast(ids.device.type, dtype) if dtype else contextlib.nullcontext():
         return net(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
-                   past_key_values=cache, use_cache=cache is not None, **keep)[0]
+                   past_key_values=cache, use_cache=cache is not None, **options)[0]
 
-
-def _prefill(model, net, ids, mask, prompt_of, **keep):
+def _prefill(model, net, batch):
     # Each prompt once -> its last output (R, .), and the cache, both repeated for its completions.
     cache = DynamicCache(config=model.config)
     if any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers):
         stop("this model keeps states that cannot be repeated for the completions of a prompt")
-    last = _call(model, net, ids, mask, cache, **keep)[:, -1]
-    cache.batch_select_indices(prompt_of)  # gradients flow back through it
-    return last[prompt_of], cache
-
+    last = _call(model, net, batch.prompt_ids, batch.prompt_mask, cache, keep=1)[:, -1]
+    cache.batch_select_indices(batch.prompt_of)  # gradients flow back through it
+    return last[batch.prompt_of], cache
 
 def _outputs(model, net, batch, num_tokens, share_prompts):
-    # Outputs of `net` at the prompts' ends and the completions' first tokens: one (R, 1 + num_tokens,
-    # .), or where prompts are shared (R, 1, .) and (R, num_tokens, .), which spares the copy.
-    ids, of, causal = batch.completion_ids[:, :num_tokens], batch.prompt_of, net is model
+    # Outputs of `net` at the prompts' ends and at the first `num_tokens` of the completions: one
+    # (R, 1 + num_tokens, .), or where prompts are shared (R, 1, .) and (R, num_tokens, .).
+    ids, of = batch.completion_ids[:, :num_tokens], batch.prompt_of
     mask = torch.cat([batch.prompt_mask[of], batch.completion_mask[:, :num_tokens]], dim=1)
     if torch.is_grad_enabled() and getattr(model, "recompute", False):
         share_prompts = False  # Transformers switches the cache off then
     if share_prompts and len(batch.prompt_ids) < len(of):
-        keep = {"logits_to_keep": 1} if causal else {}
-        last, cache = _prefill(model, net, batch.prompt_ids, batch.prompt_mask, of, **keep)
+        last, cache = _prefill(model, net, batch)
         return [last[:, None]] + ([_call(model, net, ids, mask, cache)] if num_tokens else [])
-    keep = {"logits_to_keep": num_tokens + 1} if causal else {}
     ids = torch.cat([batch.prompt_ids[of], ids], dim=1)
-    return [_call(model, net, ids, mask, **keep)[:, -num_tokens - 1:]]
-
+    return [_call(model, net, ids, mask, keep=num_tokens + 1)[:, -num_tokens - 1:]]
 
 def completion_logps(model, batch, temperature=1.0, share_prompts=True):
     """log pi(y_t | x, y_<t) of completion tokens, at the sampling temperature -> (R, Tc) float32.
@@ -294,7 +259,6 @@ def completion_logps(model, batch, temperature=1.0, share_prompts=True):
         logps.append(logits.gather(-1, ids)[..., 0] - logits.logsumexp(-1))
     return torch.cat(logps, dim=1).masked_fill(~batch.completion_mask, 0.0)
 
-
 @torch.no_grad()
 def fixed_logps(model, batch, temperature=1.0, micro_batch_size=8, share_prompts=True):
     """`completion_logps` without gradient, in micro-batches -> (R, Tc)."""
@@ -303,7 +267,6 @@ def fixed_logps(model, batch, temperature=1.0, micro_batch_size=8, share_prompts
         part = completion_logps(model, batch.rows(mb), temperature, share_prompts)
         logps[mb, :part.shape[1]] = part
     return logps
-
 
 def completion_scores(model, batch, share_prompts=True):
     """The classification head at each completion token -> (R, Tc, num_labels) float32.
@@ -316,7 +279,6 @@ def completion_scores(model, batch, share_prompts=True):
     head = model.score if hasattr(model, "score") else model.classifier
     return head(hidden.float())
 
-
 def _sample(logits, temperature, top_p, top_k):
     if temperature == 0:
         return logits.argmax(-1)
@@ -324,7 +286,6 @@ def _sample(logits, temperature, top_p, top_k):
     logits = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
     logits = TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
-
 
 @torch.no_grad()
 def generate(model, tokenizer, prompts, num_generations, max_new_tokens, temperature=1.0,
@@ -338,12 +299,11 @@ def generate(model, tokenizer, prompts, num_generations, max_new_tokens, tempera
     eos = model.generation_config.eos_token_id
     eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     eos = torch.tensor([*eos, end_of_turn(tokenizer)], device=model.device)
-    prompt_ids, prompt_mask = _pad([encode_prompt(tokenizer, p) for p in prompts], left=True)
     prompt_of = torch.arange(len(prompts)).repeat_interleave(num_generations)
     ids = torch.zeros(len(prompt_of), max_new_tokens, dtype=torch.long)
-    batch = Batch(prompt_ids, prompt_mask, ids, ids < 0, prompt_of).to(model.device)
-    logits, cache = _prefill(model, model, batch.prompt_ids, batch.prompt_mask, batch.prompt_of,
-                             logits_to_keep=1)
+    prompts = _pad([encode_prompt(tokenizer, p) for p in prompts], left=True)
+    batch = Batch(*prompts, ids, ids < 0, prompt_of).to(model.device)
+    logits, cache = _prefill(model, model, batch)
     mask, rows = batch.prompt_mask[batch.prompt_of], torch.arange(len(ids), device=model.device)
     ended = torch.zeros_like(rows, dtype=torch.bool)
     for t in range(max_new_tokens):
@@ -361,12 +321,10 @@ def generate(model, tokenizer, prompts, num_generations, max_new_tokens, tempera
             rows, token, mask = rows[keep], token[keep], mask[keep]
         logits = _call(model, model, token[:, None], mask, cache)[:, -1]
     batch = batch.rows(torch.arange(len(ids), device=model.device))
-    rows = [row[mask] for row, mask in zip(batch.completion_ids.cpu(), batch.completion_mask.cpu())]
-    return batch, tokenizer.batch_decode(rows, skip_special_tokens=True), ended
-
+    ids = [batch.completion_ids[i, m].tolist() for i, m in enumerate(batch.completion_mask)]
+    return batch, tokenizer.batch_decode(ids, skip_special_tokens=True), ended
 
 # --- KL, optimiser, rewards -----------------------------------------------------------------------
-
 
 def kl_estimate(logps, ref_logps, kind):
     """Estimate of KL(pi || pi_ref) at tokens sampled from pi, in nats, same shape (book 8.1).
@@ -379,17 +337,14 @@ def kl_estimate(logps, ref_logps, kind):
     log_r = ref_logps - logps
     return {"k1": -log_r, "k2": log_r**2 / 2, "k3": torch.expm1(log_r) - log_r}[kind]
 
-
 def exact_kl(logits, ref_logits):
     """KL(pi || pi_ref) = sum_v pi(v) (log pi(v) - log pi_ref(v)): (..., V) -> (...), nats."""
     logps, ref_logps = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
     return (logps.exp() * (logps - ref_logps)).sum(-1)
 
-
 def masked_mean(x, mask, dim=None):
     """Mean of x where mask is True, over `dim` or over all; 0 where nothing is."""
     return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
-
 
 def update(optimizer, scheduler, loss, max_grad_norm):
     """One step on the gradients that stand in the parameters -> their norm before clipping."""
@@ -403,38 +358,32 @@ def update(optimizer, scheduler, loss, max_grad_norm):
     optimizer.zero_grad()
     return norm
 
-
 def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_batch_size=8):
     """-> score(prompts, completions, rows) -> list of R numbers, or of R lists, a number a step.
 
-    reward: "verifier" for the function `verifier`, or "FILE.py:function", called with three lists of
-    length R, a prompt and its row repeated for each completion. model: a reward model, used instead.
+    reward: "verifier" for the function `verifier`, or "FILE.py:function", called with three lists
+    of length R, prompts and rows repeated for each completion. model: a reward model, used instead.
     """
     name, function = f"--reward {reward}", verifier
     if model:
         name = f"--reward-model {model}"
         function = _model_reward(model, device, dtype, micro_batch_size)
     elif reward != "verifier":
+        path, _, attribute = reward.rpartition(":")
         with stop_on(Exception, saying=f"{name}: not FILE.py:function"):
-            path, _, attribute = reward.rpartition(":")
-            spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            function = getattr(module, attribute)
+            function = runpy.run_path(path)[attribute]
 
     def score(prompts, completions, rows):
-        with stop_on(Exception, saying=f"{name} raised"):
-            values = list(function(prompts, completions, rows))
+        with stop_on(Exception, saying=f"{name} raised, or returned what is no number"):
+            values = [[float(x) for x in v] if isinstance(v, list) else float(v)
+                      for v in function(prompts, completions, rows)]
         if len(values) != len(completions):
             stop(f"{name} returned {len(values)} values for {len(completions)} completions")
         for value, text in zip(values, completions, strict=True):
-            for v in value if isinstance(value, list) else [value]:
-                if not isinstance(v, numbers.Real) or not math.isfinite(v):
-                    stop(f"{name} returned {v!r}, no finite number, for {text[:60]!r}")
+            if not math.isfinite(sum(value) if isinstance(value, list) else value):
+                stop(f"{name} returned {value} for {text[:60]!r}; it must be finite")
         return values
-
     return score
-
 
 def _model_reward(path, device, dtype, micro_batch_size):
     tokenizer = load_tokenizer(path)
@@ -452,12 +401,9 @@ def _model_reward(path, device, dtype, micro_batch_size):
             scores = completion_scores(model, batch.rows(mb))[..., 0]
             values[mb] = scores.gather(1, lengths[mb, None] - 1)[:, 0]
         return values.tolist()
-
     return function
 
-
 # --- The folder of a run --------------------------------------------------------------------------
-
 
 class Run:
     """args.json, metrics.jsonl, samples.jsonl, curves.png, checkpoint/, final/, and the progress.
@@ -473,14 +419,14 @@ class Run:
             stop(f"{self.folder} exists: use --resume or --overwrite, or another --output-dir")
         if args.resume:
             old = json.loads(old.read_text()) if old.exists() else stop(f"{old}: nothing to resume")
-            for key, value in dataclasses.asdict(args).items():
+            for key, value in asdict(args).items():
                 if old.get(key) != value and key not in ("resume", "overwrite", "num_steps"):
                     stop(f"--resume: {self.folder} began with {key} {old.get(key)}, not {value}")
 
     def begin(self, parts, num_steps):
         """Make the folder, or load its checkpoint into parts, {name: model, optimiser, ...}."""
         self.parts, self.num_steps, self.step, self.start = parts, num_steps, 0, time.time()
-        sizes = {}
+        state = {"sizes": {}}
         if not self.args.resume:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.state.parent.mkdir(parents=True)
@@ -492,23 +438,23 @@ class Run:
             torch.cuda.set_rng_state_all(state["cuda"])
             random.setstate(state["random"])
             self.step, self.start = state["step"], time.time() - state["seconds"]
-            sizes = state["sizes"]
         for path in self.folder.glob("*.jsonl"):  # what came after the checkpoint comes again
-            os.truncate(path, sizes.get(path.name, 0))
-        (self.folder / "args.json").write_text(json.dumps(dataclasses.asdict(self.args), indent=1))
+            os.truncate(path, state["sizes"].get(path.name, 0))
+        (self.folder / "args.json").write_text(json.dumps(asdict(self.args), indent=1))
 
     def steps(self):
         """The numbers of the steps still to do; a checkpoint after every --checkpoint-every."""
         quiet = not sys.stderr.isatty()
         with tqdm(total=self.num_steps, initial=self.step, disable=quiet) as self.bar:
-            for self.step in range(self.step + 1, self.num_steps + 1):
+            while self.step < self.num_steps:
+                self.step += 1
                 yield self.step
                 self.bar.update()
                 if self.step % self.args.checkpoint_every == 0:
                     self.checkpoint()
 
     def log(self, metrics, *show):
-        """A row of metrics.jsonl; `show` names those for the progress bar, or a line now and then."""
+        """A row of metrics.jsonl; `show` names the figures of the progress bar or printed lines."""
         row = {k: float(f"{float(v):.6g}") for k, v in metrics.items() if math.isfinite(v)}
         row |= {"step": self.step, "seconds": round(time.time() - self.start, 3)}
         with open(self.folder / "metrics.jsonl", "a") as f:
@@ -516,25 +462,26 @@ class Run:
         figures = {k: f"{row[k]:.4g}" for k in show if k in row}
         if sys.stderr.isatty() and self.step:
             self.bar.set_postfix(figures)
-        elif self.step % max(1, self.num_steps // 20) == 0 or any(k.startswith("eval") for k in row):
+        elif self.step % max(1, self.num_steps // 20) == 0 or "eval" in str(show):
             print(f"step {self.step}/{self.num_steps}", *map(" ".join, figures.items()), sep="  ")
 
     def samples(self, prompts, completions, rewards=()):
         """Rows of samples.jsonl: what a person should read now and then."""
         with open(self.folder / "samples.jsonl", "a") as f:
-            for row in zip(prompts, completions, rewards or itertools.repeat(None)):
-                row = dict(zip(("step", "prompt", "completion", "reward"), (self.step, *row)))
+            for p, c, r in zip(prompts, completions, rewards or [None] * len(prompts), strict=True):
+                row = {"step": self.step, "prompt": p, "completion": c, "reward": r}
                 f.write(json.dumps(row) + "\n")
 
     def checkpoint(self):
         """Save the parts, the random states and the step, so that --resume goes on bit for bit."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
-                  "random": random.getstate(), "step": self.step,
-                  "seconds": time.time() - self.start,
+                  "random": random.getstate(),
+                  "step": self.step, "seconds": time.time() - self.start,
                   "sizes": {p.name: p.stat().st_size for p in self.folder.glob("*.jsonl")}}
-        torch.save(state, self.state.with_suffix(".new"))
-        os.replace(self.state.with_suffix(".new"), self.state)
+        with stop_on(OSError, RuntimeError, saying=f"cannot write {self.state}, the old is left"):
+            torch.save(state, self.state.with_suffix(".new"))
+            os.replace(self.state.with_suffix(".new"), self.state)
 
     def finish(self, tokenizer, models):
         """Save {folder name: model} with the tokenizer, for `from_pretrained`; draw curves.png."""
@@ -546,7 +493,7 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(new, folder)
             print(f"saved {folder} after {time.time() - self.start:.0f} s")
-        if importlib.util.find_spec("matplotlib"):
+        with contextlib.suppress(ImportError):  # no matplotlib, no picture
             self._plot()
 
     def _plot(self):

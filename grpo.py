@@ -8,8 +8,8 @@ Read beside the RLHF Book (draft of January 2025; "Policy Gradient" in later edi
     kl_estimate           8.1, in common.py: its three forms and their gradients
 
 Differs from the print:
-    1. 11.2.3 prints r + beta KL and L_pg - beta KL; the KL is a cost: L = L_pg + beta KL.
-    2. 11.2.1 calls the ratio one to the reference model; it is pi / pi_old, the policy that sampled.
+    1. 11.2.3 prints r + beta KL and L_pg - beta KL. The KL is a cost: L_pg + beta KL.
+    2. 11.2.1 calls the ratio one to the reference model. It is one to the policy that sampled.
     3. The mean over tokens is a sum with fixed weights, so that micro-batches add up exactly.
     4. The mask keeps the EOS: the policy learns when to stop.
 
@@ -156,7 +156,8 @@ def process_advantages(rewards, ends, num_tokens, num_generations, scale_by_std=
     count = is_step.sum(1, keepdim=True)
     groups = (groups - masked_mean(groups, is_step, 1)[:, None]) * is_step
     if scale_by_std:
-        groups = groups / (((groups**2).sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
+        variance = (groups**2).sum(1, keepdim=True) / (count - 1).clamp(min=1)
+        groups = groups / (variance.sqrt() + 1e-4)
     later = ends[:, :, None] >= torch.arange(num_tokens, device=ends.device)  # (R, S, T)
     return (groups.view(ends.shape)[:, :, None] * later).sum(1)
 
@@ -192,9 +193,12 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_e
 
 def verifier(prompts, completions, rows):
     """1.0 where the last number of the completion equals the row's `answer`, else 0.0."""
-    numbers = [re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) or ["nan"] for text in completions]
-    answers = [str(row["answer"]).replace(",", "") for row in rows]
-    return [float(float(n[-1].replace(",", "")) == float(a)) for n, a in zip(numbers, answers, strict=True)]
+    rewards = []
+    for text, row in zip(completions, rows, strict=True):
+        last = (re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) or ["nan"])[-1]
+        answer = str(row["answer"]).replace(",", "")
+        rewards.append(float(float(last.replace(",", "")) == float(answer)))
+    return rewards
 
 
 def step_ends(pieces, separator):
@@ -207,11 +211,12 @@ def step_ends(pieces, separator):
 
 
 def process_rewards(values, batch, tokenizer, separator):
-    """R lists of step rewards -> rewards (R, S) and the tokens at which steps end (R, S), -1: none."""
+    """R lists of step rewards -> rewards (R, S), and where the steps end (R, S), -1 for none."""
     S = max(1, *map(len, values))
     rewards, ends = torch.zeros(len(values), S), torch.full((len(values), S), -1)
-    for i, (ids, mask) in enumerate(zip(batch.completion_ids.cpu(), batch.completion_mask.cpu())):
-        pieces = tokenizer.batch_decode(ids[mask][:, None], skip_special_tokens=True)
+    for i, mask in enumerate(batch.completion_mask):
+        ids = batch.completion_ids[i, mask].tolist()
+        pieces = tokenizer.batch_decode([[token] for token in ids], skip_special_tokens=True)
         where = step_ends(pieces, separator)
         if len(where) != len(values[i]):
             stop(f"the reward gave {len(values[i])} numbers for the {len(where)} steps, by "
@@ -244,7 +249,7 @@ def main(args: Args):
     random.seed(args.seed)
     G, device = args.num_generations, pick_device(args.device)
     if G < 2:
-        stop(f"--num-generations {G}: a group of one has nothing to be compared with; use 2 or more")
+        stop(f"--num-generations {G}: a group needs at least 2, to be compared with each other")
     verified = args.reward == "verifier" and not args.reward_model
     columns = ("prompt", "answer") if verified else ("prompt",)
     rows = load_rows(args.dataset, *columns)
@@ -261,8 +266,8 @@ def main(args: Args):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate,
                                   weight_decay=args.weight_decay)
     updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions
-    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_steps,
-                              args.num_steps * updates)
+    total = args.num_steps * updates
+    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_steps, total)
     run.begin({"policy": policy, "optimizer": optimizer, "scheduler": scheduler}, args.num_steps)
 
     def report():
@@ -309,7 +314,7 @@ def main(args: Args):
                 for i in range(0, len(index), args.micro_batch_size):
                     mb = index[i:i + args.micro_batch_size]
                     part = batch.rows(mb)
-                    t = part.completion_ids.shape[1]
+                    t = part.completion_ids.shape[1]  # the longest of these
                     logps = completion_logps(policy, part, args.temperature, args.share_prompts)
                     if updates == 1:
                         policy_logps[mb, :t] = logps.detach()
@@ -327,10 +332,10 @@ def main(args: Args):
 
         # 5. Log
         num_tokens = mask.sum().item()
-        level = (rewards.view(len(drawn), -1) == rewards.view(len(drawn), -1)[:, :1]).all(1)
+        groups = rewards.view(len(drawn), -1)
         metrics = {
             "reward": mean_reward(values), "reward_std": rewards.std(),
-            "no_signal": level.float().mean(),  # groups whose rewards are all equal: A = 0
+            "no_signal": (groups == groups[:, :1]).all(1).float().mean(),  # all equal: A = 0
             "ended": ended.float().mean(), "completion_length": num_tokens / R,
             "entropy": -masked_mean(policy_logps, mask),  # E[-log pi], from the tokens sampled
             "loss": sum(losses) / updates, "grad_norm": grad_norm, "lr": lr,
@@ -343,10 +348,11 @@ def main(args: Args):
         if not verified and "answer" in drawn[0]:
             metrics["gold_reward"] = mean_reward(verifier(prompts, texts, of_each))
         run.log(metrics, "reward", "kl", "completion_length")
-        run.samples(prompts[:args.num_samples], texts, values)
+        n = args.num_samples
+        run.samples(prompts[:n], texts[:n], values[:n])
         if metrics["ended"] < 0.8:
-            warnings.warn("more than 20 % of a step's completions ran into --max-new-tokens and "
-                          "count as they stand: raise it, or reward ending")
+            warnings.warn("over 20 % of a step's completions ran into --max-new-tokens: raise it",
+                          stacklevel=2)
         if step % args.eval_every == 0 or step == args.num_steps:
             report()
     run.finish(tokenizer, {"final": policy})

@@ -1,6 +1,6 @@
 """SFT, instruction tuning: next-token cross-entropy on the completions alone.
 
-Read beside the RLHF Book, chapter 9 (draft of January 2025; "Instruction Tuning" in later editions):
+Read beside the RLHF Book, chapter 9, "Instruction Tuning" (draft of January 2025):
     sft_loss    the loss over completion tokens; the prompt is masked, the EOS is not
 
 The draft prints no formula here. Choices it leaves open:
@@ -107,8 +107,9 @@ def sft_loss(logps, mask):
 def to_pairs(row):
     """A row -> list of (prompt, completion text)."""
     if row.get("messages"):
-        turns = enumerate(row["messages"])
-        return [(row["messages"][:i], m["content"]) for i, m in turns if m["role"] == "assistant" and i]
+        chat = row["messages"]
+        turns = [i for i, turn in enumerate(chat) if i and turn["role"] == "assistant"]
+        return [(chat[:i], chat[i]["content"]) for i in turns]
     return [(row["prompt"], row.get("completion") or row["response"])]
 
 
@@ -125,8 +126,8 @@ def load_pairs(rows, tokenizer, max_length, name):
             room.append(left - len(tokenizer(pair[1], add_special_tokens=False)["input_ids"]) - 1)
     dropped, cut = sum(map(len, map(to_pairs, rows))) - len(pairs), sum(n < 0 for n in room)
     if dropped or cut:
-        print(f"{name}: of {len(pairs) + dropped} completions, dropped {dropped} whose prompt fills "
-              f"--max-length {max_length}, cut {cut} that pass it")
+        print(f"{name}: of {len(pairs) + dropped} completions, dropped {dropped} whose prompt "
+              f"fills --max-length {max_length}, cut {cut} that pass it")
     return pairs or (rows and stop(f"{name}: no completion fits in --max-length {max_length}"))
 
 
@@ -163,7 +164,8 @@ def main(args: Args):
     num_steps = math.ceil(len(order) / args.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate,
                                   weight_decay=args.weight_decay)
-    scheduler = get_scheduler(args.lr_schedule, optimizer, round(args.warmup_ratio * num_steps), num_steps)
+    warmup = round(args.warmup_ratio * num_steps)
+    scheduler = get_scheduler(args.lr_schedule, optimizer, warmup, num_steps)
     run.begin({"model": model, "optimizer": optimizer, "scheduler": scheduler}, num_steps)
 
     def report():
@@ -182,14 +184,15 @@ def main(args: Args):
         index = order[(step - 1) * args.batch_size:step * args.batch_size]
         prompts, texts = zip(*[pairs[i] for i in index], strict=True)
         batch = encode(tokenizer, prompts, [[t] for t in texts], args.max_length).to(device)
-        num_tokens = batch.completion_mask.sum()
+        num_tokens = batch.completion_mask.sum().item()
 
         # 2. Log-probs and loss; each micro-batch weighs as much as its share of the step's tokens
         loss = 0.0
         for mb in batch.split(args.micro_batch_size):
             part = batch.rows(mb)
             logps = completion_logps(model, part)
-            mb_loss = sft_loss(logps, part.completion_mask) * part.completion_mask.sum() / num_tokens
+            share = part.completion_mask.sum() / num_tokens
+            mb_loss = sft_loss(logps, part.completion_mask) * share
             mb_loss.backward()
             loss += mb_loss.item()
 

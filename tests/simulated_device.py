@@ -1,3 +1,4 @@
+# ruff: noqa: E501
 """A pretend accelerator: device "sim" computes on the CPU, but refuses to mix with CPU tensors.
 
 It finds the commonest bug of code written without a GPU, a tensor made on the CPU that meets one on

@@ -253,7 +253,7 @@ def test_the_gradient_is_that_of_the_textbook(tmp_path):
         policy, tokenizer, [r["prompt"] for r in drawn], 4, args.max_new_tokens, 1.0
     )
     loss = 0.0
-    for i, text in enumerate(texts):
+    for i in range(len(texts)):
         group = [float(texts[j].split("\n")[-1] == drawn[i // 4]["answer"])
                  for j in range(i // 4 * 4, i // 4 * 4 + 4)]  # fmt: skip
         mean = sum(group) / 4
