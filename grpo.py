@@ -93,8 +93,6 @@ class Args:
     """how the learning rate changes"""
     warmup_steps: int = 0
     """gradient steps in which it rises from 0; not for constant"""
-    weight_decay: float = 0.0
-    """AdamW's weight decay"""
     max_grad_norm: float = 1.0
     """largest norm of the gradient; longer ones are scaled down to it"""
     clip_eps: float = 0.2
@@ -228,9 +226,9 @@ def process_rewards(values, batch, tokenizer, separator):
 # --- Training -------------------------------------------------------------------------------------
 
 
-def mean_reward(values):
-    """Mean of the rewards of completions; a list of step rewards counts as its mean."""
-    return sum(sum(v) / max(1, len(v)) if isinstance(v, list) else v for v in values) / len(values)
+def one_number(values):
+    """Rewards of completions (R,); where they are lists of step rewards, the means of these."""
+    return torch.tensor([sum(v) / max(1, len(v)) if isinstance(v, list) else v for v in values])
 
 
 def evaluate(policy, tokenizer, score, rows, args):
@@ -240,7 +238,7 @@ def evaluate(policy, tokenizer, score, rows, args):
         prompts = [row["prompt"] for row in part]
         texts = generate(policy, tokenizer, prompts, 1, args.max_new_tokens, temperature=0)[1]
         values += score(prompts, texts, part)
-    return mean_reward(values)
+    return one_number(values).mean()
 
 
 def main(args: Args):
@@ -263,11 +261,10 @@ def main(args: Args):
                         args.gradient_checkpointing)
     ref = load_model(AutoModelForCausalLM, args.model, device, args.dtype) if args.beta else None
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate,
-                                  weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0)
     updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions
-    total = args.num_steps * updates
-    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_steps, total)
+    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_steps,
+                              args.num_steps * updates)
     run.begin({"policy": policy, "optimizer": optimizer, "scheduler": scheduler}, args.num_steps)
 
     def report():
@@ -286,6 +283,8 @@ def main(args: Args):
         of_each = [row for row in drawn for _ in range(G)]
         prompts = [row["prompt"] for row in of_each]
         values = score(prompts, texts, of_each)
+        if isinstance(values[0], list) != (args.supervision == "process"):
+            stop("--supervision process needs a list of numbers for each completion, outcome one")
         mask, (R, T) = batch.completion_mask, batch.completion_ids.shape
 
         # 2. Advantages of the tokens (R, T)
@@ -298,10 +297,12 @@ def main(args: Args):
 
         # 3. Log-probs under the reference, and under the policy that sampled. With one gradient
         #    step these are the training forward's own values (eq. 11): no extra pass.
+        ref_logps, policy_logps = torch.zeros(2, R, T, device=device)
         fixed = (args.temperature, args.micro_batch_size, args.share_prompts)
-        ref_logps = fixed_logps(ref, batch, *fixed) if args.beta else torch.zeros_like(advantages)
-        old_logps = fixed_logps(policy, batch, *fixed) if updates > 1 else None
-        policy_logps = torch.zeros(R, T, device=device) if updates == 1 else old_logps
+        if args.beta:
+            ref_logps = fixed_logps(ref, batch, *fixed)
+        if updates > 1:
+            policy_logps = fixed_logps(policy, batch, *fixed)
 
         # 4. Gradient steps, each on whole groups
         losses, clipped, kl_old = [], 0.0, 0.0
@@ -332,10 +333,10 @@ def main(args: Args):
 
         # 5. Log
         num_tokens = mask.sum().item()
-        groups = rewards.view(len(drawn), -1)
+        level = (advantages.reshape(len(drawn), -1) == 0).all(1)  # all rewards of a group equal
         metrics = {
-            "reward": mean_reward(values), "reward_std": rewards.std(),
-            "no_signal": (groups == groups[:, :1]).all(1).float().mean(),  # all equal: A = 0
+            "reward": one_number(values).mean(), "reward_std": one_number(values).std(),
+            "no_signal": level.float().mean(),
             "ended": ended.float().mean(), "completion_length": num_tokens / R,
             "entropy": -masked_mean(policy_logps, mask),  # E[-log pi], from the tokens sampled
             "loss": sum(losses) / updates, "grad_norm": grad_norm, "lr": lr,
@@ -346,10 +347,9 @@ def main(args: Args):
             kl = kl_estimate(policy_logps, ref_logps, "k1")
             metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask)}
         if not verified and "answer" in drawn[0]:
-            metrics["gold_reward"] = mean_reward(verifier(prompts, texts, of_each))
+            metrics["gold_reward"] = one_number(verifier(prompts, texts, of_each)).mean()
         run.log(metrics, "reward", "kl", "completion_length")
-        n = args.num_samples
-        run.samples(prompts[:n], texts[:n], values[:n])
+        run.samples(*(x[:args.num_samples] for x in (prompts, texts, values)))
         if metrics["ended"] < 0.8:
             warnings.warn("over 20 % of a step's completions ran into --max-new-tokens: raise it",
                           stacklevel=2)
