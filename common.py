@@ -19,26 +19,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import transformers
 import tyro
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (AutoConfig, AutoModelForSequenceClassification, AutoTokenizer,
-                          DynamicCache, TopKLogitsWarper, TopPLogitsWarper)
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent
-logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
 
 def stop(message):
     """Raise SystemExit: `message` as one line on stderr, exit code 1."""
     raise SystemExit(f"{Path(sys.argv[0]).name}: " + " ".join(str(message).split())[:500])
 
 @contextlib.contextmanager
-def stop_on(*kinds, saying):
-    """Turn an exception of these kinds into one line: `saying`, what it was, and where."""
+def stop_on_error(saying):
+    """Turn an exception into one line: `saying`, what it was, and where."""
     try:
         yield
-    except kinds as e:
+    except Exception as e:
         at = traceback.extract_tb(e.__traceback__)[-1]
         stop(f"{saying} ({type(e).__name__}: {e}; {Path(at.filename).name}:{at.lineno})")
 
@@ -60,39 +59,38 @@ def load_rows(path, *columns):
     if Path(path).is_file():
         lines = Path(path).read_bytes().splitlines()
     else:
-        with stop_on(Exception, saying=f"{path}: no such file (the hub needs `datasets`)"):
+        with stop_on_error(f"{path}: no such file (the hub needs `datasets`)"):
             from datasets import load_dataset
             name, _, split = path.partition(":")
             lines = [json.dumps(row) for row in load_dataset(name, split=split or "train")]
     rows = []
     for where, line in [(f"{path}, line {n}", x) for n, x in enumerate(lines, 1) if x.strip()]:
-        with stop_on(ValueError, TypeError, saying=f"{where}: no JSON object; it needs one a line"):
-            rows.append(dict(json.loads(line)))
+        with stop_on_error(f"{where}: no JSON object; it needs one a line"):
+            rows.append(row := {**json.loads(line)})
         for names in [(c,) if isinstance(c, str) else c for c in columns]:
-            values = [rows[-1][name] for name in names if rows[-1].get(name) is not None]
-            if not values or values[0] == [] or not str(values[0]).strip():
-                what = f"{'an empty' if values else 'no'} {' or '.join(names)}"
-                stop(f"{where}: {what}; the columns it has are {', '.join(rows[-1])}")
+            value = next((row[name] for name in names if row.get(name) is not None), "")
+            if value == [] or not str(value).strip():
+                stop(f"{where}: no {' or '.join(names)}, or an empty one; it has {', '.join(row)}")
     return rows or stop(f"{path}: no rows")
 
 def hold_out(rows, num_prompts, seed):
     """Rows -> (train, held out), by prompt, so that none is on both sides; at most a tenth."""
-    keys = [json.dumps(row.get("prompt") or row["messages"][0]) for row in rows]
-    unique, sides = sorted(set(keys)), ([], [])
+    keys = [str(row.get("prompt") or row["messages"][0]) for row in rows]
+    unique = sorted(set(keys))
     held = set(random.Random(seed).sample(unique, min(num_prompts, len(unique) // 10)))
-    for row, key in zip(rows, keys, strict=True):
-        sides[key in held].append(row)
-    return sides
+    return [[row for row, key in zip(rows, keys, strict=True) if (key in held) == side]
+            for side in (False, True)]
 
 def pick_device(device="auto"):
     """auto -> cuda, else mps, else cpu."""
     found = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
-    return torch.device(found[0] if device == "auto" else device)
+    with stop_on_error(f"--device {device}"):
+        return torch.empty(0, device=found[0] if device == "auto" else device).device
 
 def load_tokenizer(path):
     """Tokenizer of a model folder or hub name; one without an EOS is refused."""
-    with stop_on(Exception, saying=f"{path}: no tokenizer there, in a model folder or on the hub"):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+    with stop_on_error(f"{path}: no tokenizer there, in a model folder or on the hub"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
         stop(f"{path}: its tokenizer has no EOS, so no completion could end; set its eos_token")
     return tokenizer
@@ -103,8 +101,8 @@ def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from
     dtype: "bfloat16" runs forwards in bfloat16 autocast, "auto" does so on cuda. The weights stay
     float32: in bfloat16, updates at these learning rates would be rounded away.
     """
-    with stop_on(Exception, saying=f"{path}: no model there that {auto_class.__name__} loads"):
-        config, info = AutoConfig.from_pretrained(path), {"missing_keys": ()}
+    with stop_on_error(f"{path}: no model there that {auto_class.__name__} loads"):
+        config, info = transformers.AutoConfig.from_pretrained(path), {}
         for key, value in vars(config).items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)  # else two forwards of one policy differ: no ratio is 1
@@ -113,23 +111,22 @@ def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from
         else:
             model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32,
                                                      output_loading_info=True)
-    if info["missing_keys"]:  # Transformers only warns, and makes up random weights
+    if info.get("missing_keys"):  # Transformers only warns, and makes up random weights
         stop(f"{path}: no weights for {', '.join(sorted(info['missing_keys'])[:3])} in it")
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
-    model.autocast_dtype = torch.bfloat16 if bfloat16 else None
-    model.recompute = checkpointing
+    model.autocast_dtype, model.recompute = torch.bfloat16 if bfloat16 else None, checkpointing
+    model.context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device).eval()
 
 def check_prompts(tokenizer, model, rows, max_new_tokens):
     """Stop where a prompt is empty, or with its completion would not fit in the model's context."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     for row in rows:
         length = len(encode_prompt(tokenizer, row["prompt"]))
-        if not 0 < length <= context - max_new_tokens:
+        if not 0 < length <= model.context - max_new_tokens:
             stop(f"a prompt of {length} tokens with --max-new-tokens {max_new_tokens} does not fit "
-                 f"in the model's {context}: {str(row['prompt'])[:80]!r}")
+                 f"in the model's {model.context}: {str(row['prompt'])[:80]!r}")
 
 # --- Batches --------------------------------------------------------------------------------------
 
@@ -166,7 +163,7 @@ def encode_prompt(tokenizer, prompt):
     """
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        with stop_on(Exception, saying=f"the chat template refuses {str(chat)[:80]}"):
+        with stop_on_error(f"the chat template refuses {str(chat)[:80]}"):
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the BOS
     if not isinstance(prompt, str):
@@ -186,29 +183,25 @@ def end_of_turn(tokenizer):
 def encode(tokenizer, prompts, completions, max_length=None):
     """P prompts (texts or chats) and for each of them a list of completion texts -> Batch.
 
-    The end of turn is appended. Prompt and completion are tokenised apart, so that the prompt has
-    the tokens it has in generation and none straddles the two. A completion that would pass
-    `max_length` tokens, prompt included, is cut, and then has no end of turn.
+    Prompt and completion are tokenised apart, so that the prompt has the tokens it has in
+    generation, and the end of turn is appended. A completion that would pass `max_length` tokens,
+    prompt included, is cut, and then has no end of turn.
     """
     prompt_rows, rows = [encode_prompt(tokenizer, prompt) for prompt in prompts], []
     end = end_of_turn(tokenizer)
     for ids, texts in zip(prompt_rows, completions, strict=True):
-        room = max_length - len(ids) if max_length else None
-        if room is not None and room <= 0:
+        if max_length and len(ids) >= max_length:
             stop(f"a prompt of {len(ids)} tokens leaves no room for a completion in {max_length}")
-        for text in texts:
-            rows.append([*tokenizer(text, add_special_tokens=False)["input_ids"], end][:room])
+        rows += [[*tokenizer(text, add_special_tokens=False)["input_ids"], end]
+                 [:max_length and max_length - len(ids)] for text in texts]
     prompt_of = torch.tensor([i for i, texts in enumerate(completions) for _ in texts])
-    return Batch(*_pad(prompt_rows, left=True), *_pad(rows, left=False), prompt_of)
+    return Batch(*_pad(prompt_rows, "left"), *_pad(rows, "right"), prompt_of)
 
-def _pad(rows, left):
-    lengths = torch.tensor([[len(row)] for row in rows])
-    place = torch.arange(int(lengths.max()))[None]
-    # From lengths, never from `ids != pad`: many tokenizers use one id for pad and EOS.
-    mask = place >= lengths.max() - lengths if left else place < lengths
-    ids = torch.zeros(mask.shape, dtype=torch.long)  # padding is never read: any id will do
-    ids[mask] = torch.tensor([i for row in rows for i in row])
-    return ids, mask
+def _pad(rows, side):
+    # Masks from lengths, never from `ids != pad`: many tokenizers use one id for pad and EOS.
+    rows = [torch.tensor(row) for row in rows]
+    return [pad_sequence(x, batch_first=True, padding_side=side)
+            for x in (rows, [torch.ones_like(row, dtype=torch.bool) for row in rows])]
 
 # --- Generation and log-probs ---------------------------------------------------------------------
 
@@ -225,7 +218,7 @@ def _call(model, net, ids, mask, cache=None, keep=None):
 
 def _prefill(model, net, batch):
     # Each prompt once -> its last output (R, .), and the cache, both repeated for its completions.
-    cache = DynamicCache(config=model.config)
+    cache = transformers.DynamicCache(config=model.config)
     if any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers):
         stop("this model keeps states that cannot be repeated for the completions of a prompt")
     last = _call(model, net, batch.prompt_ids, batch.prompt_mask, cache, keep=1)[:, -1]
@@ -283,8 +276,8 @@ def _sample(logits, temperature, top_p, top_k):
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
-    logits = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
-    logits = TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
+    logits = transformers.TopKLogitsWarper(top_k)(None, logits) if top_k else logits
+    logits = transformers.TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
 @torch.no_grad()
@@ -301,9 +294,11 @@ def generate(model, tokenizer, prompts, num_generations, max_new_tokens, tempera
     eos = torch.tensor([*eos, end_of_turn(tokenizer)], device=model.device)
     prompt_of = torch.arange(len(prompts)).repeat_interleave(num_generations)
     ids = torch.zeros(len(prompt_of), max_new_tokens, dtype=torch.long)
-    prompts = _pad([encode_prompt(tokenizer, p) for p in prompts], left=True)
+    prompts = _pad([encode_prompt(tokenizer, p) for p in prompts], "left")
     batch = Batch(*prompts, ids, ids < 0, prompt_of).to(model.device)
     logits, cache = _prefill(model, model, batch)
+    if logits.isnan().any():
+        stop("the model's logits are nan: its weights are broken, or --dtype is too coarse for it")
     mask, rows = batch.prompt_mask[batch.prompt_of], torch.arange(len(ids), device=model.device)
     ended = torch.zeros_like(rows, dtype=torch.bool)
     for t in range(max_new_tokens):
@@ -370,24 +365,24 @@ def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_ba
         function = _model_reward(model, device, dtype, micro_batch_size)
     elif reward != "verifier":
         path, _, attribute = reward.rpartition(":")
-        with stop_on(Exception, saying=f"{name}: not FILE.py:function"):
+        with stop_on_error(f"{name}: not FILE.py:function"):
             function = runpy.run_path(path)[attribute]
 
     def score(prompts, completions, rows):
-        with stop_on(Exception, saying=f"{name} raised, or returned what is no number"):
-            values = [[float(x) for x in v] if isinstance(v, list) else float(v)
-                      for v in function(prompts, completions, rows)]
-        if len(values) != len(completions):
-            stop(f"{name} returned {len(values)} values for {len(completions)} completions")
-        for value, text in zip(values, completions, strict=True):
-            if not math.isfinite(sum(value) if isinstance(value, list) else value):
-                stop(f"{name} returned {value} for {text[:60]!r}; it must be finite")
+        with stop_on_error(f"{name} failed"):
+            values = list(function(prompts, completions, rows))
+            if len(values) != len(completions):
+                raise ValueError(f"{len(values)} values for {len(completions)} completions")
+            for value, text in zip(values, completions, strict=True):
+                if not math.isfinite(sum(value) if isinstance(value, list) else value):
+                    raise ValueError(f"{value} for {text[:60]!r}: not finite")
         return values
     return score
 
 def _model_reward(path, device, dtype, micro_batch_size):
     tokenizer = load_tokenizer(path)
-    model = load_model(AutoModelForSequenceClassification, path, device, dtype)
+    auto_class = transformers.AutoModelForSequenceClassification
+    model = load_model(auto_class, path, device, dtype)
     if model.config.num_labels != 1:
         stop(f"--reward-model {path}: has {model.config.num_labels} labels, not 1")
 
@@ -408,39 +403,46 @@ def _model_reward(path, device, dtype, micro_batch_size):
 class Run:
     """args.json, metrics.jsonl, samples.jsonl, curves.png, checkpoint/, final/, and the progress.
 
-    Nothing is written before `begin`. A checkpoint is one file that is replaced in one move: a run
-    killed at any moment has the old one or the new one.
+    Nothing is written before `begin`. What is replaced is replaced in one move: a run killed at any
+    moment, or on a full disk, has the old file or the new one.
     """
 
     def __init__(self, args):
-        self.args, self.folder = args, Path(args.output_dir)
-        self.state, old = self.folder / "checkpoint" / "state.pt", self.folder / "args.json"
+        self.args, self.folder, self.step = args, Path(args.output_dir), 0
+        old = self.folder / "args.json"
+        for name, value in vars(args).items():
+            least = name.startswith(("num_", "max_", "micro_", "batch_")) or name.endswith("_every")
+            if isinstance(value, int | float) and value < least:
+                stop(f"--{name.replace('_', '-')} {value}: must be at least {int(least)}")
         if self.folder.exists() and not (old.exists() and (args.resume or args.overwrite)):
             stop(f"{self.folder} exists: use --resume or --overwrite, or another --output-dir")
         if args.resume:
-            old = json.loads(old.read_text()) if old.exists() else stop(f"{old}: nothing to resume")
+            with stop_on_error(f"--resume: no run in {self.folder}"):
+                old = json.loads(old.read_text())
             for key, value in asdict(args).items():
                 if old.get(key) != value and key not in ("resume", "overwrite", "num_steps"):
                     stop(f"--resume: {self.folder} began with {key} {old.get(key)}, not {value}")
 
     def begin(self, parts, num_steps):
         """Make the folder, or load its checkpoint into parts, {name: model, optimiser, ...}."""
-        self.parts, self.num_steps, self.step, self.start = parts, num_steps, 0, time.time()
-        state = {"sizes": {}}
+        self.parts, self.num_steps, self.start = parts, num_steps, time.time()
+        path, sizes = self.folder / "checkpoint" / "state.pt", {}
         if not self.args.resume:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.state.parent.mkdir(parents=True)
-        elif self.state.exists():
-            state = torch.load(self.state, map_location="cpu", weights_only=True)
+            text = json.dumps(asdict(self.args), indent=1)
+            self._replace("args.json", lambda new: new.write_text(text))
+        elif path.exists():
+            with stop_on_error(f"--resume: cannot read {path}"):
+                state = torch.load(path, map_location="cpu", weights_only=True)
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             torch.set_rng_state(state["torch"])
             torch.cuda.set_rng_state_all(state["cuda"])
             random.setstate(state["random"])
             self.step, self.start = state["step"], time.time() - state["seconds"]
+            sizes = state["sizes"]
         for path in self.folder.glob("*.jsonl"):  # what came after the checkpoint comes again
-            os.truncate(path, state["sizes"].get(path.name, 0))
-        (self.folder / "args.json").write_text(json.dumps(asdict(self.args), indent=1))
+            os.truncate(path, sizes.get(path.name, 0))
 
     def steps(self):
         """The numbers of the steps still to do; a checkpoint after every --checkpoint-every."""
@@ -457,8 +459,7 @@ class Run:
         """A row of metrics.jsonl; `show` names the figures of the progress bar or printed lines."""
         row = {k: float(f"{float(v):.6g}") for k, v in metrics.items() if math.isfinite(v)}
         row |= {"step": self.step, "seconds": round(time.time() - self.start, 3)}
-        with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
+        self._append("metrics.jsonl", row)
         figures = {k: f"{row[k]:.4g}" for k in show if k in row}
         if sys.stderr.isatty() and self.step:
             self.bar.set_postfix(figures)
@@ -467,34 +468,41 @@ class Run:
 
     def samples(self, prompts, completions, rewards=()):
         """Rows of samples.jsonl: what a person should read now and then."""
-        with open(self.folder / "samples.jsonl", "a") as f:
-            for p, c, r in zip(prompts, completions, rewards or [None] * len(prompts), strict=True):
-                row = {"step": self.step, "prompt": p, "completion": c, "reward": r}
-                f.write(json.dumps(row) + "\n")
+        for p, c, r in zip(prompts, completions, rewards or [None] * len(prompts), strict=True):
+            row = {"step": self.step, "prompt": p, "completion": c, "reward": r}
+            self._append("samples.jsonl", row)
 
     def checkpoint(self):
         """Save the parts, the random states and the step, so that --resume goes on bit for bit."""
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
-                  "random": random.getstate(),
-                  "step": self.step, "seconds": time.time() - self.start,
-                  "sizes": {p.name: p.stat().st_size for p in self.folder.glob("*.jsonl")}}
-        with stop_on(OSError, RuntimeError, saying=f"cannot write {self.state}, the old is left"):
-            torch.save(state, self.state.with_suffix(".new"))
-            os.replace(self.state.with_suffix(".new"), self.state)
+        state = {name: part.state_dict() for name, part in self.parts.items()} | {
+            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
+            "random": random.getstate(), "step": self.step, "seconds": time.time() - self.start,
+            "sizes": {p.name: p.stat().st_size for p in self.folder.glob("*.jsonl")}}
+        self._replace("checkpoint/state.pt", lambda new: torch.save(state, new))
 
     def finish(self, tokenizer, models):
         """Save {folder name: model} with the tokenizer, for `from_pretrained`; draw curves.png."""
         self.checkpoint()
         for name, model in models.items():
-            folder, new = self.folder / name, self.folder / f"{name}.new"
-            model.save_pretrained(new)
-            tokenizer.save_pretrained(new)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(new, folder)
-            print(f"saved {folder} after {time.time() - self.start:.0f} s")
+            self._replace(name, lambda new, model=model: [
+                part.save_pretrained(new) for part in (model, tokenizer)])
+            print(f"saved {self.folder / name} after {time.time() - self.start:.0f} s")
         with contextlib.suppress(ImportError):  # no matplotlib, no picture
             self._plot()
+
+    def _append(self, name, row):
+        with stop_on_error(f"cannot write {self.folder / name}"):
+            with open(self.folder / name, "a") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def _replace(self, name, write):
+        path, new = self.folder / name, self.folder / f"{name}.new"
+        with stop_on_error(f"cannot write {path}; what was there is left"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(new)
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(new, path)
 
     def _plot(self):
         from matplotlib.figure import Figure

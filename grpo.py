@@ -116,7 +116,7 @@ class Args:
     """steps between evaluations; there is one before the first and one after the last step"""
     checkpoint_every: int = 50
     """steps between checkpoints"""
-    num_samples: int = 4
+    log_samples: int = 4
     """completions a step that go into samples.jsonl"""
 
 
@@ -349,7 +349,7 @@ def main(args: Args):
         if not verified and "answer" in drawn[0]:
             metrics["gold_reward"] = one_number(verifier(prompts, texts, of_each)).mean()
         run.log(metrics, "reward", "kl", "completion_length")
-        run.samples(*(x[:args.num_samples] for x in (prompts, texts, values)))
+        run.samples(*(x[:args.log_samples] for x in (prompts, texts, values)))
         if metrics["ended"] < 0.8:
             warnings.warn("over 20 % of a step's completions ran into --max-new-tokens: raise it",
                           stacklevel=2)

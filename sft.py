@@ -79,7 +79,7 @@ class Args:
     """steps between evaluations; there is one before the first and one after the last step"""
     checkpoint_every: int = 100
     """steps between checkpoints"""
-    num_samples: int = 4
+    log_samples: int = 4
     """held-out prompts answered greedily into samples.jsonl at each evaluation"""
     max_new_tokens: int = 128
     """longest such answer, in tokens"""
@@ -172,7 +172,7 @@ def main(args: Args):
         if not eval_pairs:
             return
         run.log({"eval_loss": evaluate(model, tokenizer, eval_pairs, args)}, "eval_loss")
-        prompts = [prompt for prompt, _ in eval_pairs[:args.num_samples]]
+        prompts = [prompt for prompt, _ in eval_pairs[:args.log_samples]]
         texts = generate(model, tokenizer, prompts, 1, args.max_new_tokens, temperature=0)[1]
         run.samples(prompts, texts)
 

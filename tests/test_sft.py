@@ -116,7 +116,7 @@ def test_a_real_model_lowers_its_held_out_loss(tmp_path, real_model):
     rows = [{"prompt": f"Say the word number {i}.", "response": "Blue " * 3} for i in range(40)]
     args = sft.Args(
         model=real_model, dataset=write(tmp_path / "d.jsonl", rows), num_epochs=1, batch_size=8,
-        learning_rate=1e-4, output_dir=str(tmp_path / "run"), max_new_tokens=8, num_samples=1,
+        learning_rate=1e-4, output_dir=str(tmp_path / "run"), max_new_tokens=8, log_samples=1,
     )  # fmt: skip
     losses = [row["eval_loss"] for row in run(args) if "eval_loss" in row]
     assert losses[-1] < losses[0] - 0.5
