@@ -370,7 +370,8 @@ def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_ba
 
     def score(prompts, completions, rows):
         with stop_on_error(f"{name} failed"):
-            values = list(function(prompts, completions, rows))
+            values = [[float(x) for x in v] if isinstance(v, list) else float(v)
+                      for v in function(prompts, completions, rows)]
             if len(values) != len(completions):
                 raise ValueError(f"{len(values)} values for {len(completions)} completions")
             for value, text in zip(values, completions, strict=True):

@@ -246,8 +246,9 @@ def main(args: Args):
     torch.manual_seed(args.seed)
     random.seed(args.seed)
     G, device = args.num_generations, pick_device(args.device)
-    if G < 2:
-        stop(f"--num-generations {G}: a group needs at least 2, to be compared with each other")
+    if G < 2 or not args.temperature:
+        stop(f"--num-generations {G} --temperature {args.temperature}: a group needs at least 2, "
+             "sampled, to be compared with each other")
     verified = args.reward == "verifier" and not args.reward_model
     columns = ("prompt", "answer") if verified else ("prompt",)
     rows = load_rows(args.dataset, *columns)
@@ -283,7 +284,7 @@ def main(args: Args):
         of_each = [row for row in drawn for _ in range(G)]
         prompts = [row["prompt"] for row in of_each]
         values = score(prompts, texts, of_each)
-        if isinstance(values[0], list) != (args.supervision == "process"):
+        if {isinstance(v, list) for v in values} != {args.supervision == "process"}:
             stop("--supervision process needs a list of numbers for each completion, outcome one")
         mask, (R, T) = batch.completion_mask, batch.completion_ids.shape
 

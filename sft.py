@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 
 from common import (Run, completion_logps, encode, encode_prompt, fixed_logps, generate, hold_out,
                     load_model, load_rows, load_tokenizer, masked_mean, parse_args, pick_device,
-                    stop, update)
+                    stop, stop_on_error, update)
 
 
 @dataclass
@@ -118,27 +118,31 @@ def to_pairs(row):
 
 def load_pairs(rows, tokenizer, max_length, name):
     """Rows -> (prompt, completion) pairs, less those whose prompt leaves no room; says how many."""
-    pairs, room = [], []
-    for pair in (pair for row in rows for pair in to_pairs(row)):
-        left = max_length - len(encode_prompt(tokenizer, pair[0]))
-        if left > 0:
-            pairs.append(pair)
-            room.append(left - len(tokenizer(pair[1], add_special_tokens=False)["input_ids"]) - 1)
-    dropped, cut = sum(map(len, map(to_pairs, rows))) - len(pairs), sum(n < 0 for n in room)
-    if dropped or cut:
-        print(f"{name}: of {len(pairs) + dropped} completions, dropped {dropped} whose prompt "
-              f"fills --max-length {max_length}, cut {cut} that pass it")
+    pairs, total, cut = [], 0, 0
+    for row in rows:
+        with stop_on_error(f"{name}: neither a prompt with a completion nor messages: {row}"):
+            for prompt, text in to_pairs(row):
+                total += 1
+                room = max_length - len(encode_prompt(tokenizer, prompt))
+                if not text.strip():
+                    stop(f"{name}: an empty completion of {prompt}")
+                if room > 0:
+                    pairs.append((prompt, text))
+                    cut += len(tokenizer(text, add_special_tokens=False)["input_ids"]) >= room
+    if cut or total > len(pairs):
+        print(f"{name}: of {total} completions, dropped {total - len(pairs)} whose prompt fills "
+              f"--max-length {max_length}, cut {cut} that pass it")
     return pairs or (rows and stop(f"{name}: no completion fits in --max-length {max_length}"))
 
 
-def evaluate(model, tokenizer, pairs, args):
+def evaluate(model, tokenizer, pairs, max_length, micro_batch_size):
     """Mean loss over all completion tokens of the pairs, nats."""
     total, tokens = 0.0, 0
-    for i in range(0, len(pairs), args.micro_batch_size):
-        prompts, texts = zip(*pairs[i:i + args.micro_batch_size], strict=True)
-        batch = encode(tokenizer, prompts, [[t] for t in texts], args.max_length).to(model.device)
+    for i in range(0, len(pairs), micro_batch_size):
+        prompts, texts = zip(*pairs[i:i + micro_batch_size], strict=True)
+        batch = encode(tokenizer, prompts, [[t] for t in texts], max_length).to(model.device)
         num_tokens = batch.completion_mask.sum().item()
-        logps = fixed_logps(model, batch, micro_batch_size=args.micro_batch_size)
+        logps = fixed_logps(model, batch, micro_batch_size=micro_batch_size)
         total += sft_loss(logps, batch.completion_mask).item() * num_tokens
         tokens += num_tokens
     return total / tokens
@@ -154,10 +158,11 @@ def main(args: Args):
         eval_rows = load_rows(args.eval_dataset, *columns)
     else:
         rows, eval_rows = hold_out(rows, args.eval_size, args.seed)
-    pairs = load_pairs(rows, tokenizer, args.max_length, args.dataset)
-    eval_pairs = load_pairs(eval_rows, tokenizer, args.max_length, "held out")
     model = load_model(AutoModelForCausalLM, args.model, device, args.dtype,
                        args.gradient_checkpointing, args.from_scratch)
+    max_length = min(args.max_length, model.context)
+    pairs = load_pairs(rows, tokenizer, max_length, args.dataset)
+    eval_pairs = load_pairs(eval_rows, tokenizer, max_length, args.eval_dataset or "held out")
 
     order = [i for epoch in range(args.num_epochs)  # each epoch in an order of its own
              for i in random.Random(f"{args.seed} {epoch}").sample(range(len(pairs)), len(pairs))]
@@ -171,10 +176,12 @@ def main(args: Args):
     def report():
         if not eval_pairs:
             return
-        run.log({"eval_loss": evaluate(model, tokenizer, eval_pairs, args)}, "eval_loss")
-        prompts = [prompt for prompt, _ in eval_pairs[:args.log_samples]]
-        texts = generate(model, tokenizer, prompts, 1, args.max_new_tokens, temperature=0)[1]
-        run.samples(prompts, texts)
+        eval_loss = evaluate(model, tokenizer, eval_pairs, max_length, args.micro_batch_size)
+        run.log({"eval_loss": eval_loss}, "eval_loss")
+        for prompt, _ in eval_pairs[:args.log_samples]:
+            room = max_length - len(encode_prompt(tokenizer, prompt))
+            texts = generate(model, tokenizer, [prompt], 1, min(args.max_new_tokens, room), 0)[1]
+            run.samples([prompt], texts)
 
     if run.step == 0:
         report()
@@ -183,7 +190,7 @@ def main(args: Args):
         # 1. Draw the rows of this step
         index = order[(step - 1) * args.batch_size:step * args.batch_size]
         prompts, texts = zip(*[pairs[i] for i in index], strict=True)
-        batch = encode(tokenizer, prompts, [[t] for t in texts], args.max_length).to(device)
+        batch = encode(tokenizer, prompts, [[t] for t in texts], max_length).to(device)
         num_tokens = batch.completion_mask.sum().item()
 
         # 2. Log-probs and loss; each micro-batch weighs as much as its share of the step's tokens
