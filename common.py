@@ -4,7 +4,6 @@ One layout serves every chapter: P prompts, each with a group of completions, R 
 Prompts are padded on the left and completions on the right, so that a prompt ends where each of its
 completions begins, and is computed once for all of them. Bad input ends the program with one line.
 """
-
 import contextlib
 import json
 import math
@@ -15,7 +14,7 @@ import shutil
 import sys
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -53,17 +52,13 @@ def parse_args(Args, toy):
 
 def load_rows(path, *columns):
     """JSON Lines file, or `owner/name:split` of the hub (needs `datasets`) -> list of dicts.
-
-    columns: what no row may lack or leave empty; a tuple names alternatives.
-    """
-    if Path(path).is_file():
-        lines = Path(path).read_bytes().splitlines()
-    else:
+    columns: what no row may lack or leave empty; a tuple names alternatives."""
+    rows, lines = [], Path(path).read_bytes().splitlines() if Path(path).is_file() else None
+    if lines is None:
         with stop_on_error(f"{path}: no such file (the hub needs `datasets`)"):
             from datasets import load_dataset
             name, _, split = path.partition(":")
             lines = [json.dumps(row) for row in load_dataset(name, split=split or "train")]
-    rows = []
     for where, line in [(f"{path}, line {n}", x) for n, x in enumerate(lines, 1) if x.strip()]:
         with stop_on_error(f"{where}: no JSON object; it needs one a line"):
             rows.append(row := {**json.loads(line)})
@@ -76,10 +71,12 @@ def load_rows(path, *columns):
 def hold_out(rows, num_prompts, seed):
     """Rows -> (train, held out), by prompt, so that none is on both sides; at most a tenth."""
     keys = [str(row.get("prompt") or row["messages"][0]) for row in rows]
-    unique = sorted(set(keys))
-    held = set(random.Random(seed).sample(unique, min(num_prompts, len(unique) // 10)))
-    return [[row for row, key in zip(rows, keys, strict=True) if (key in held) == side]
-            for side in (False, True)]
+    prompts = sorted(set(keys))
+    held = set(random.Random(seed).sample(prompts, min(num_prompts, len(prompts) // 10)))
+    sides = [], []
+    for row, key in zip(rows, keys, strict=True):
+        sides[key in held].append(row)
+    return sides
 
 def pick_device(device="auto"):
     """auto -> cuda, else mps, else cpu."""
@@ -95,24 +92,26 @@ def load_tokenizer(path):
         stop(f"{path}: its tokenizer has no EOS, so no completion could end; set its eos_token")
     return tokenizer
 
-def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False):
-    """Model of a Transformers auto class, from a folder or hub name, with float32 weights.
-
-    dtype: "bfloat16" runs forwards in bfloat16 autocast, "auto" does so on cuda. The weights stay
-    float32: in bfloat16, updates at these learning rates would be rounded away.
-    """
+def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False,
+               new_head=0):
+    """Model of a Transformers auto class, from a folder or hub name, with float32 weights: in
+    bfloat16, updates at these learning rates would be rounded away. dtype: "bfloat16" runs forwards
+    in bfloat16 autocast, "auto" does so on cuda. new_head: labels of a head not there yet."""
     with stop_on_error(f"{path}: no model there that {auto_class.__name__} loads"):
-        config, info = transformers.AutoConfig.from_pretrained(path), {}
+        config = transformers.AutoConfig.from_pretrained(path)
+        config.num_labels = new_head or config.num_labels
         for key, value in vars(config).items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)  # else two forwards of one policy differ: no ratio is 1
         if from_scratch:
-            model = auto_class.from_config(config, dtype=torch.float32)
+            model, missing = auto_class.from_config(config, dtype=torch.float32), []
         else:
             model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32,
                                                      output_loading_info=True)
-    if info.get("missing_keys"):  # Transformers only warns, and makes up random weights
-        stop(f"{path}: no weights for {', '.join(sorted(info['missing_keys'])[:3])} in it")
+            missing = [key for key in info["missing_keys"]
+                       if not (new_head and key.startswith(("score.", "classifier.")))]
+    if missing:  # Transformers only warns, and makes up random weights
+        stop(f"{path}: no weights for {', '.join(sorted(missing)[:3])} in it")
     bfloat16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
     model.autocast_dtype, model.recompute = torch.bfloat16 if bfloat16 else None, checkpointing
     model.context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
@@ -133,7 +132,6 @@ def check_prompts(tokenizer, model, rows, max_new_tokens):
 @dataclass
 class Batch:
     """P prompts and the R completions that belong to them."""
-
     prompt_ids: torch.Tensor  # (P, Tp) long, left-padded
     prompt_mask: torch.Tensor  # (P, Tp) bool
     completion_ids: torch.Tensor  # (R, Tc) long, right-padded
@@ -158,9 +156,7 @@ class Batch:
 
 def encode_prompt(tokenizer, prompt):
     """Text or chat messages -> list of token ids, up to where the completion begins.
-
-    With a chat template, a text is one user message. Without one, it is taken as it stands.
-    """
+    With a chat template, a text is one user message. Without one, it is taken as it stands."""
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         with stop_on_error(f"the chat template refuses {str(chat)[:80]}"):
@@ -182,11 +178,8 @@ def end_of_turn(tokenizer):
 
 def encode(tokenizer, prompts, completions, max_length=None):
     """P prompts (texts or chats) and for each of them a list of completion texts -> Batch.
-
-    Prompt and completion are tokenised apart, so that the prompt has the tokens it has in
-    generation, and the end of turn is appended. A completion that would pass `max_length` tokens,
-    prompt included, is cut, and then has no end of turn.
-    """
+    The two are tokenised apart, so that a prompt has the tokens it has in generation. The end of
+    turn is appended, but not where `max_length` tokens, prompt included, cut a completion."""
     prompt_rows, rows = [encode_prompt(tokenizer, prompt) for prompt in prompts], []
     end = end_of_turn(tokenizer)
     for ids, texts in zip(prompt_rows, completions, strict=True):
@@ -195,62 +188,56 @@ def encode(tokenizer, prompts, completions, max_length=None):
         rows += [[*tokenizer(text, add_special_tokens=False)["input_ids"], end]
                  [:max_length and max_length - len(ids)] for text in texts]
     prompt_of = torch.tensor([i for i, texts in enumerate(completions) for _ in texts])
-    return Batch(*_pad(prompt_rows, "left"), *_pad(rows, "right"), prompt_of)
+    return Batch(*pad(prompt_rows, "left"), *pad(rows, "right"), prompt_of)
 
-def _pad(rows, side):
-    # Masks from lengths, never from `ids != pad`: many tokenizers use one id for pad and EOS.
+def pad(rows, side):
+    """Lists of ids -> ids (N, T) and mask (N, T), padded on this side. Masks come from lengths,
+    never from `ids != pad`: many tokenizers use one id for pad and EOS."""
     rows = [torch.tensor(row) for row in rows]
     return [pad_sequence(x, batch_first=True, padding_side=side)
             for x in (rows, [torch.ones_like(row, dtype=torch.bool) for row in rows])]
 
 # --- Generation and log-probs ---------------------------------------------------------------------
 
-def _call(model, net, ids, mask, cache=None, keep=None):
+def _call(model, net, ids, mask, cache=None, keep=0):
     # One forward of `net`, which is `model` or its backbone, on ids that follow those in the cache.
     if getattr(model, "recompute", False):
         model.train(torch.is_grad_enabled())  # else layers neither checkpoint nor fill a cache
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # left padding does not count
-    options = {"logits_to_keep": keep} if keep and net is model else {}
+    options = {"logits_to_keep": keep} if net is model else {}
     dtype = getattr(model, "autocast_dtype", None)
     with torch.autocast(ids.device.type, dtype) if dtype else contextlib.nullcontext():
         return net(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
                    past_key_values=cache, use_cache=cache is not None, **options)[0]
 
-def _prefill(model, net, batch):
-    # Each prompt once -> its last output (R, .), and the cache, both repeated for its completions.
+def _prompt_cache(model, net, batch):
+    # Each prompt once, repeated for its completions; less its last token, which each of them feeds.
     cache = transformers.DynamicCache(config=model.config)
     if any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers):
         stop("this model keeps states that cannot be repeated for the completions of a prompt")
-    last = _call(model, net, batch.prompt_ids, batch.prompt_mask, cache, keep=1)[:, -1]
-    cache.batch_select_indices(batch.prompt_of)  # gradients flow back through it
-    return last[batch.prompt_of], cache
+    if batch.prompt_ids.shape[1] > 1:
+        _call(model, net, batch.prompt_ids[:, :-1], batch.prompt_mask[:, :-1], cache, keep=1)
+        cache.batch_select_indices(batch.prompt_of)  # gradients flow back through it
+    return cache
 
 def _outputs(model, net, batch, num_tokens, share_prompts):
-    # Outputs of `net` at the prompts' ends and at the first `num_tokens` of the completions: one
-    # (R, 1 + num_tokens, .), or where prompts are shared (R, 1, .) and (R, num_tokens, .).
-    ids, of = batch.completion_ids[:, :num_tokens], batch.prompt_of
+    # Outputs of `net` at prompts' ends and the completions' first tokens: (R, 1 + num_tokens, .)
+    of, cache = batch.prompt_of, None
+    ids = torch.cat([batch.prompt_ids[of], batch.completion_ids[:, :num_tokens]], dim=1)
     mask = torch.cat([batch.prompt_mask[of], batch.completion_mask[:, :num_tokens]], dim=1)
-    if torch.is_grad_enabled() and getattr(model, "recompute", False):
-        share_prompts = False  # Transformers switches the cache off then
-    if share_prompts and len(batch.prompt_ids) < len(of):
-        last, cache = _prefill(model, net, batch)
-        return [last[:, None]] + ([_call(model, net, ids, mask, cache)] if num_tokens else [])
-    ids = torch.cat([batch.prompt_ids[of], ids], dim=1)
-    return [_call(model, net, ids, mask, keep=num_tokens + 1)[:, -num_tokens - 1:]]
+    recompute = torch.is_grad_enabled() and getattr(model, "recompute", False)
+    if share_prompts and len(batch.prompt_ids) < len(of) and not recompute:  # it allows no cache
+        cache, ids = _prompt_cache(model, net, batch), ids[:, -num_tokens - 1:]
+    return _call(model, net, ids, mask, cache, keep=num_tokens + 1)[:, -num_tokens - 1:]
 
 def completion_logps(model, batch, temperature=1.0, share_prompts=True):
-    """log pi(y_t | x, y_<t) of completion tokens, at the sampling temperature -> (R, Tc) float32.
-
+    """log pi(y_t | x, y_<t) of completion tokens, at the sampling temperature -> (R, Tc) float32;
     0 in padding, so that the sum over tokens is the completion's log-prob.
-    share_prompts: compute a prompt once for all of its completions; the value is the same.
-    """
-    logps, start = [], 0
-    for logits in _outputs(model, model, batch, batch.completion_ids.shape[1] - 1, share_prompts):
-        ids = batch.completion_ids[:, start:start + logits.shape[1], None]
-        start += logits.shape[1]
-        logits = logits.float() / temperature
-        logps.append(logits.gather(-1, ids)[..., 0] - logits.logsumexp(-1))
-    return torch.cat(logps, dim=1).masked_fill(~batch.completion_mask, 0.0)
+    share_prompts: compute a prompt once for all of its completions; the value is the same."""
+    ids, mask = batch.completion_ids, batch.completion_mask
+    logits = _outputs(model, model, batch, ids.shape[1] - 1, share_prompts).float() / temperature
+    logps = logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
+    return logps.masked_fill(~mask, 0.0)
 
 @torch.no_grad()
 def fixed_logps(model, batch, temperature=1.0, micro_batch_size=8, share_prompts=True):
@@ -263,12 +250,10 @@ def fixed_logps(model, batch, temperature=1.0, micro_batch_size=8, share_prompts
 
 def completion_scores(model, batch, share_prompts=True):
     """The classification head at each completion token -> (R, Tc, num_labels) float32.
-
     A reward model reads the last token of the mask, a process reward model the step ends, a critic
-    all. Transformers' own pooling takes the last id that is not pad: wrong where pad is EOS.
-    """
+    all. Transformers' own pooling takes the last id that is not pad: wrong where pad is EOS."""
     length = batch.completion_ids.shape[1]
-    hidden = _outputs(model, model.base_model, batch, length, share_prompts)[-1][:, -length:]
+    hidden = _outputs(model, model.base_model, batch, length, share_prompts)[:, 1:]
     head = model.score if hasattr(model, "score") else model.classifier
     return head(hidden.float())
 
@@ -284,37 +269,34 @@ def _sample(logits, temperature, top_p, top_k):
 def generate(model, tokenizer, prompts, num_generations, max_new_tokens, temperature=1.0,
              top_p=1.0, top_k=0):
     """`num_generations` completions of each prompt (text or chat); temperature 0 is greedy.
-
     -> Batch on the model's device, R texts, ended (R,) bool: False where the tokens ran out.
     Stops at every EOS id that the model or the tokenizer names. The sampling values of the model's
-    own generation_config are not used: the log-probs of training would not know of them.
-    """
+    own generation_config are not used: the log-probs of training would not know of them."""
     eos = model.generation_config.eos_token_id
     eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     eos = torch.tensor([*eos, end_of_turn(tokenizer)], device=model.device)
     prompt_of = torch.arange(len(prompts)).repeat_interleave(num_generations)
     ids = torch.zeros(len(prompt_of), max_new_tokens, dtype=torch.long)
-    prompts = _pad([encode_prompt(tokenizer, p) for p in prompts], "left")
+    prompts = pad([encode_prompt(tokenizer, p) for p in prompts], "left")
     batch = Batch(*prompts, ids, ids < 0, prompt_of).to(model.device)
-    logits, cache = _prefill(model, model, batch)
-    if logits.isnan().any():
-        stop("the model's logits are nan: its weights are broken, or --dtype is too coarse for it")
-    mask, rows = batch.prompt_mask[batch.prompt_of], torch.arange(len(ids), device=model.device)
+    cache, rows = _prompt_cache(model, model, batch), torch.arange(len(ids), device=model.device)
+    token, mask = batch.prompt_ids[batch.prompt_of, -1], batch.prompt_mask[batch.prompt_of]
     ended = torch.zeros_like(rows, dtype=torch.bool)
     for t in range(max_new_tokens):
+        logits = _call(model, model, token[:, None], mask, cache)[:, -1]
+        if t == 0 and logits.isnan().any():
+            stop("the model's logits are nan: broken weights, or a --dtype too coarse for it")
         token = _sample(logits, temperature, top_p, top_k)
         batch.completion_ids[rows, t] = token
         batch.completion_mask[:, t] = ~ended
         ended[rows] |= torch.isin(token, eos)
-        going = int((~ended).sum())
-        if not going or t + 1 == max_new_tokens:
+        keep = (~ended[rows]).nonzero()[:, 0]
+        if not len(keep):
             break
-        mask = torch.nn.functional.pad(mask, (0, 1), value=True)
-        if going <= 0.75 * len(rows):  # not whenever one ends: each time copies the cache
-            keep = (~ended[rows]).nonzero()[:, 0]
+        if len(keep) <= 0.75 * len(rows):  # not whenever one ends: each time copies the cache
             cache.batch_select_indices(keep)
             rows, token, mask = rows[keep], token[keep], mask[keep]
-        logits = _call(model, model, token[:, None], mask, cache)[:, -1]
+        mask = torch.nn.functional.pad(mask, (0, 1), value=True)
     batch = batch.rows(torch.arange(len(ids), device=model.device))
     ids = [batch.completion_ids[i, m].tolist() for i, m in enumerate(batch.completion_mask)]
     return batch, tokenizer.batch_decode(ids, skip_special_tokens=True), ended
@@ -323,12 +305,10 @@ def generate(model, tokenizer, prompts, num_generations, max_new_tokens, tempera
 
 def kl_estimate(logps, ref_logps, kind):
     """Estimate of KL(pi || pi_ref) at tokens sampled from pi, in nats, same shape (book 8.1).
-
     With log r = ref_logps - logps, the log of pi_ref / pi (the direction matters):
     k1 = -log r          unbiased, can be negative; as a loss its expected gradient is zero
     k2 = (log r)^2 / 2   biased, low variance; as a loss it has the gradient of KL(pi || pi_ref)
-    k3 = r - 1 - log r   unbiased, never negative; as a loss: the gradient of KL(pi_ref || pi)
-    """
+    k3 = r - 1 - log r   unbiased, never negative; as a loss: the gradient of KL(pi_ref || pi)"""
     log_r = ref_logps - logps
     return {"k1": -log_r, "k2": log_r**2 / 2, "k3": torch.expm1(log_r) - log_r}[kind]
 
@@ -355,18 +335,16 @@ def update(optimizer, scheduler, loss, max_grad_norm):
 
 def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_batch_size=8):
     """-> score(prompts, completions, rows) -> list of R numbers, or of R lists, a number a step.
-
     reward: "verifier" for the function `verifier`, or "FILE.py:function", called with three lists
-    of length R, prompts and rows repeated for each completion. model: a reward model, used instead.
+    of length R, prompts and rows repeated for each completion. model: a reward model, in its place.
     """
-    name, function = f"--reward {reward}", verifier
+    name = f"--reward-model {model}" if model else f"--reward {reward}"
+    path, _, attribute = reward.rpartition(":")
     if model:
-        name = f"--reward-model {model}"
         function = _model_reward(model, device, dtype, micro_batch_size)
-    elif reward != "verifier":
-        path, _, attribute = reward.rpartition(":")
+    else:
         with stop_on_error(f"{name}: not FILE.py:function"):
-            function = runpy.run_path(path)[attribute]
+            function = verifier if reward == "verifier" else runpy.run_path(path)[attribute]
 
     def score(prompts, completions, rows):
         with stop_on_error(f"{name} failed"):
@@ -381,9 +359,8 @@ def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_ba
     return score
 
 def _model_reward(path, device, dtype, micro_batch_size):
-    tokenizer = load_tokenizer(path)
     auto_class = transformers.AutoModelForSequenceClassification
-    model = load_model(auto_class, path, device, dtype)
+    tokenizer, model = load_tokenizer(path), load_model(auto_class, path, device, dtype)
     if model.config.num_labels != 1:
         stop(f"--reward-model {path}: has {model.config.num_labels} labels, not 1")
 
@@ -403,34 +380,33 @@ def _model_reward(path, device, dtype, micro_batch_size):
 
 class Run:
     """args.json, metrics.jsonl, samples.jsonl, curves.png, checkpoint/, final/, and the progress.
-
     Nothing is written before `begin`. What is replaced is replaced in one move: a run killed at any
-    moment, or on a full disk, has the old file or the new one.
-    """
+    moment, or on a full disk, has the old file or the new one."""
 
     def __init__(self, args):
         self.args, self.folder, self.step = args, Path(args.output_dir), 0
         old = self.folder / "args.json"
         for name, value in vars(args).items():
-            least = name.startswith(("num_", "max_", "micro_", "batch_")) or name.endswith("_every")
+            counts = name.startswith(("num_", "max_", "micro_", "batch_")) or name.endswith("_every")
+            least = int(counts and isinstance(value, int))
             if isinstance(value, int | float) and value < least:
-                stop(f"--{name.replace('_', '-')} {value}: must be at least {int(least)}")
+                stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
         if self.folder.exists() and not (old.exists() and (args.resume or args.overwrite)):
             stop(f"{self.folder} exists: use --resume or --overwrite, or another --output-dir")
         if args.resume:
             with stop_on_error(f"--resume: no run in {self.folder}"):
                 old = json.loads(old.read_text())
-            for key, value in asdict(args).items():
+            for key, value in vars(args).items():
                 if old.get(key) != value and key not in ("resume", "overwrite", "num_steps"):
                     stop(f"--resume: {self.folder} began with {key} {old.get(key)}, not {value}")
 
     def begin(self, parts, num_steps):
         """Make the folder, or load its checkpoint into parts, {name: model, optimiser, ...}."""
         self.parts, self.num_steps, self.start = parts, num_steps, time.time()
-        path, sizes = self.folder / "checkpoint" / "state.pt", {}
+        path, state = self.folder / "checkpoint" / "state.pt", {"sizes": {}}
         if not self.args.resume:
             shutil.rmtree(self.folder, ignore_errors=True)
-            text = json.dumps(asdict(self.args), indent=1)
+            text = json.dumps(vars(self.args), indent=1)
             self._replace("args.json", lambda new: new.write_text(text))
         elif path.exists():
             with stop_on_error(f"--resume: cannot read {path}"):
@@ -441,9 +417,8 @@ class Run:
             torch.cuda.set_rng_state_all(state["cuda"])
             random.setstate(state["random"])
             self.step, self.start = state["step"], time.time() - state["seconds"]
-            sizes = state["sizes"]
         for path in self.folder.glob("*.jsonl"):  # what came after the checkpoint comes again
-            os.truncate(path, sizes.get(path.name, 0))
+            os.truncate(path, state["sizes"].get(path.name, 0))
 
     def steps(self):
         """The numbers of the steps still to do; a checkpoint after every --checkpoint-every."""

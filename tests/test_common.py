@@ -148,8 +148,9 @@ def test_a_prompt_is_really_computed_once(batch, llama, monkeypatch):
     monkeypatch.setattr(type(llama.model), "forward", spy)
     with torch.no_grad():
         common.completion_logps(llama, batch)
-    T = batch.completion_ids.shape[1] - 1
-    assert seen == [batch.prompt_ids.numel(), len(batch.prompt_of) * T]
+    # Its last token is fed by each completion, which gives the first token's log-prob
+    (P, Tp), (R, Tc) = batch.prompt_ids.shape, batch.completion_ids.shape
+    assert seen == [P * (Tp - 1), R * Tc]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
