@@ -387,8 +387,8 @@ class Run:
         self.args, self.folder, self.step = args, Path(args.output_dir), 0
         old = self.folder / "args.json"
         for name, value in vars(args).items():
-            counts = name.startswith(("num_", "max_", "micro_", "batch_")) or name.endswith("_every")
-            least = int(counts and isinstance(value, int))
+            count = name.startswith(("num_", "max_", "micro_", "batch_")) or name.endswith("_every")
+            least = int(count and isinstance(value, int))
             if isinstance(value, int | float) and value < least:
                 stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
         if self.folder.exists() and not (old.exists() and (args.resume or args.overwrite)):

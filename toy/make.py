@@ -8,10 +8,10 @@
 70 in 100 demonstrators forget carries from the third column on, and 2 per cent of all steps slip. A
 model that imitates them learns the mistakes too; preferences and rewards can repair them.
 
-    python toy/make.py               # SFT rows, problems and the untrained model, from a seed
+    python toy/make.py               # SFT rows and problems, from a seed
+    python toy/make.py --model       # toy/model with random weights, in place of the trained ones
     python sft.py --output-dir runs/toy-sft
     cp runs/toy-sft/final/* toy/model/
-    python toy/make.py --sampled     # preferences, rankings and labels, sampled from that model
 """
 
 import json
@@ -23,11 +23,11 @@ TOY = Path(__file__).resolve().parent
 SEED = 0
 
 
-# --- The task: right solutions, demonstrations, and grading ----------------------------------------
+# --- The task: right solutions, demonstrations, and grading ---------------------------------------
 
 
 def columns(prompt):
-    """Digits of both numbers from the right, the shorter padded: " 587+  46" -> (7,6) (8,4) (5,0)."""
+    """Digits of both numbers from the right, the shorter padded: 587+46 -> (7,6) (8,4) (5,0)."""
     a, b = (x.strip()[::-1] for x in prompt.split("+"))
     width = max(len(a), len(b))
     return [(int(x), int(y)) for x, y in zip(a.ljust(width, "0"), b.ljust(width, "0"), strict=True)]
@@ -77,12 +77,13 @@ def grade_steps(prompt, completion):
 
 
 def step_rewards(prompts, completions, rows):
-    """For `grpo.py --supervision process --reward toy/make.py:step_rewards`: 1 a right line, else 0."""
-    return [[float(x == 1) for x in grade_steps(p, c)] for p, c in zip(prompts, completions, strict=True)]
+    """For `grpo.py --supervision process --reward toy/make.py:step_rewards`: 1 a right line."""
+    pairs = zip(prompts, completions, strict=True)
+    return [[float(label == 1) for label in grade_steps(p, c)] for p, c in pairs]
 
 
 def quality(prompt, completion):
-    """Likert score of an answer: 5 right, then by its distance to 10, 100, 1000 and beyond: 4 to 1."""
+    """Likert score of an answer: 5 right, else by the digits of its distance to it: 4 to 1."""
     a, b = prompt.split("+")
     answer = completion.rpartition("\n")[2]
     if not answer.isdecimal():
@@ -91,7 +92,7 @@ def quality(prompt, completion):
     return 5 if distance == 0 else 5 - min(4, len(str(distance)))
 
 
-# --- Data -------------------------------------------------------------------------------------------
+# --- Data -----------------------------------------------------------------------------------------
 
 
 def problems(rng, number, taken):
@@ -130,7 +131,7 @@ def write(name, rows):
     (TOY / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# --- Tokenizer and model ----------------------------------------------------------------------------
+# --- Tokenizer and model --------------------------------------------------------------------------
 
 
 def make_tokenizer():
@@ -158,7 +159,8 @@ def make_config(tokenizer):
 
     return LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
-        num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 100.0}, max_position_embeddings=256, initializer_range=0.08, tie_word_embeddings=True,
+        num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        max_position_embeddings=256, initializer_range=0.08, tie_word_embeddings=True,
         bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 
@@ -176,9 +178,13 @@ def make_model():
 
 
 def main():
-    for name, rows in make_data().items():
-        write(name, rows)
-    make_model()
+    if sys.argv[1:] == ["--model"]:
+        make_model()
+    elif sys.argv[1:]:
+        raise SystemExit("make.py: the only flag is --model")
+    else:
+        for name, rows in make_data().items():
+            write(name, rows)
 
 
 if __name__ == "__main__":
