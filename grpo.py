@@ -33,14 +33,12 @@ from common import (Run, check_prompts, completion_logps, fixed_logps, generate,
                     kl_estimate, load_model, load_reward, load_rows, load_tokenizer, masked_mean,
                     parse_args, pick_device, stop, update)
 
-
 @dataclass
 class Args:
     model: str
     """policy to train: a folder or a name on the hub"""
     dataset: str
-    """JSON Lines file, or owner/name:split of the hub: `prompt` (text or chat), `answer` for the
-    verifier, and what your own reward reads"""
+    """JSON Lines or owner/name:split of the hub: `prompt`, `answer` or what your reward reads"""
     eval_dataset: str = ""
     """held-out rows in the same form; empty: --eval-size prompts are taken out of --dataset"""
     output_dir: str = "runs/grpo"
@@ -89,10 +87,8 @@ class Args:
 
     learning_rate: float = 1e-6
     """peak of AdamW's (DeepSeekMath: 1e-6)"""
-    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
-    """how the learning rate changes"""
-    warmup_steps: int = 0
-    """gradient steps in which it rises from 0; not for constant"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """how the learning rate changes: as it is, or down to 0"""
     max_grad_norm: float = 1.0
     """largest norm of the gradient; longer ones are scaled down to it"""
     clip_eps: float = 0.2
@@ -119,15 +115,12 @@ class Args:
     log_samples: int = 4
     """completions a step that go into samples.jsonl"""
 
-
 TOY = dict(model="toy/model", dataset="toy/problems_train.jsonl",
            eval_dataset="toy/problems_test.jsonl", eval_size=500, eval_every=30, num_steps=60,
            num_prompts=32, max_new_tokens=48, micro_batch_size=256, learning_rate=2e-4,
            lr_schedule="linear", beta=0.01)
 
-
 # --- The algorithm --------------------------------------------------------------------------------
-
 
 def group_advantages(rewards, num_generations, scale_by_std=True):
     """Rewards (R,) of completions, prompt-major -> advantages (R,). Book eq. 10.
@@ -185,9 +178,7 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_e
         per_token_loss = per_token_loss + beta * kl_estimate(logps, ref_logps, kl)
     return (weights * per_token_loss).sum(), pg_losses2 > pg_losses1
 
-
 # --- The task: change this for your own -----------------------------------------------------------
-
 
 def verifier(prompts, completions, rows):
     """1.0 where the last number of the completion equals the row's `answer`, else 0.0."""
@@ -222,9 +213,7 @@ def process_rewards(values, batch, tokenizer, separator):
         rewards[i, :len(where)], ends[i, :len(where)] = torch.tensor(values[i]), torch.tensor(where)
     return rewards.to(batch.prompt_of.device), ends.to(batch.prompt_of.device)
 
-
 # --- Training -------------------------------------------------------------------------------------
-
 
 def one_number(values):
     """Rewards of completions (R,); where they are lists of step rewards, the means of these."""
@@ -264,8 +253,7 @@ def main(args: Args):
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0)
     updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions
-    scheduler = get_scheduler(args.lr_schedule, optimizer, args.warmup_steps,
-                              args.num_steps * updates)
+    scheduler = get_scheduler(args.lr_schedule, optimizer, 0, args.num_steps * updates)
     run.begin({"policy": policy, "optimizer": optimizer, "scheduler": scheduler}, args.num_steps)
 
     def report():
@@ -352,8 +340,7 @@ def main(args: Args):
         run.log(metrics, "reward", "kl", "completion_length")
         run.samples(*(x[:args.log_samples] for x in (prompts, texts, values)))
         if metrics["ended"] < 0.8:
-            warnings.warn("over 20 % of a step's completions ran into --max-new-tokens: raise it",
-                          stacklevel=2)
+            warnings.warn("over 20 % of completions ran into --max-new-tokens", stacklevel=2)
         if step % args.eval_every == 0 or step == args.num_steps:
             report()
     run.finish(tokenizer, {"final": policy})
