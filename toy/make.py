@@ -12,8 +12,10 @@ model that imitates them learns the mistakes too; preferences and rewards can re
     python toy/make.py --model       # toy/model with random weights, in place of the trained ones
     python sft.py --output-dir runs/toy-sft
     cp runs/toy-sft/final/* toy/model/
+    python toy/make.py --sampled     # what raters say of the trained model's own completions
 """
 
+import itertools
 import json
 import random
 import sys
@@ -82,14 +84,21 @@ def step_rewards(prompts, completions, rows):
     return [[float(label == 1) for label in grade_steps(p, c)] for p, c in pairs]
 
 
-def quality(prompt, completion):
-    """Likert score of an answer: 5 right, else by the digits of its distance to it: 4 to 1."""
+def distance(prompt, completion):
+    """How far the answer, the last line, is from the sum; as far as can be where it is no number.
+
+    Steps and answer go together: of equal answers, the one with fewer wrong lines is nearer.
+    """
     a, b = prompt.split("+")
     answer = completion.rpartition("\n")[2]
-    if not answer.isdecimal():
-        return 1
-    distance = abs(int(answer) - int(a) - int(b))
-    return 5 if distance == 0 else 5 - min(4, len(str(distance)))
+    off = abs(int(answer) - int(a) - int(b)) if answer.isdecimal() else 10**6
+    return off, grade_steps(prompt, completion).count(-1)
+
+
+def quality(prompt, completion):
+    """Likert score of an answer: 5 right, else by the digits of its distance to it: 4 to 1."""
+    off, _ = distance(prompt, completion)
+    return 5 if off == 0 else 5 - min(4, len(str(off)))
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -125,6 +134,92 @@ def make_data(seed=SEED):
         "problems_train.jsonl": with_answers(problems(rng, 4000, taken)),
         "problems_test.jsonl": with_answers(problems(rng, 500, taken)),
     }
+
+
+# --- Data that raters make of the trained model's own completions ---------------------------------
+
+
+def preferences(rng, prompt, completions):
+    """A pair of different Likert scores; the margin is Llama 2's for their gap: 1/3, 2/3, 1."""
+    graded = [(quality(prompt, c), c) for c in completions]
+    pairs = [(x, y) for x, y in itertools.permutations(graded, 2) if x[0] > y[0]]
+    if pairs:
+        (high, chosen), (low, rejected) = rng.choice(pairs)
+        margin = round(min(3, high - low) / 3, 4)
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
+
+
+def rankings(rng, prompt, completions):
+    """2 to 6 completions and their ranks, 0 the best: the nearer to the sum the better."""
+    nearest = {distance(prompt, c): c for c in completions}  # of equal ones, one
+    order = rng.sample(sorted(nearest), min(len(nearest), rng.randint(2, 6)))
+    if len(order) > 1:
+        ranks = [sorted(order).index(x) for x in order]
+        yield {"prompt": prompt, "completions": [nearest[x] for x in order], "ranks": ranks}
+
+
+def outcomes(rng, prompt, completions):
+    for c in completions:
+        yield {"prompt": prompt, "completion": c, "label": quality(prompt, c) == 5}
+
+
+def labelled_steps(rng, prompt, completions):
+    for c in dict.fromkeys(completions):
+        steps = [line for line in c.split("\n") if line.strip()]
+        if steps:
+            yield {"prompt": prompt, "steps": steps, "labels": grade_steps(prompt, c)}
+
+
+SAMPLED = {  # file: who rates, completions sampled of a prompt, rows
+    "pref_train.jsonl": (preferences, 4, 2500), "pref_test.jsonl": (preferences, 4, 300),
+    "kwise_train.jsonl": (rankings, 8, 800), "kwise_test.jsonl": (rankings, 8, 150),
+    "orm_train.jsonl": (outcomes, 4, 2600), "orm_test.jsonl": (outcomes, 8, 400),
+    "prm_train.jsonl": (labelled_steps, 4, 2000), "prm_test.jsonl": (labelled_steps, 4, 300),
+}
+
+
+def sampled_prompts(seed=SEED):
+    """{file name of SAMPLED: prompts}: of each file its own, and none of those of make_data.
+
+    Two for a row are enough, and not so many that the short problems run out.
+    """
+    taken = {row["prompt"] for rows in make_data(seed).values() for row in rows}
+    rng = random.Random(f"{seed} sampled")
+    return {name: problems(rng, 2 * number, taken) for name, (_, _, number) in SAMPLED.items()}
+
+
+def sampled_rows(name, prompts, policy, tokenizer, seed=SEED):
+    """The rows of a file, one after the other, until its number is reached.
+
+    Each chunk of 64 prompts has a seed of its own, so that a test can remake the first alone."""
+    import torch
+
+    from common import generate
+
+    rate, num_generations, number = SAMPLED[name]
+    rng, found = random.Random(f"{seed} {name}"), 0
+    for start in range(0, len(prompts), 64):
+        chunk = prompts[start:start + 64]
+        torch.manual_seed(seed + start + 10**6 * list(SAMPLED).index(name))
+        texts = iter(generate(policy, tokenizer, chunk, num_generations, 48)[1])
+        for prompt in chunk:
+            for row in rate(rng, prompt, list(itertools.islice(texts, num_generations))):
+                yield row
+                found += 1
+                if found == number:
+                    return
+
+
+def load_policy():
+    """toy/model and its tokenizer."""
+    sys.path.insert(0, str(TOY.parent))
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from common import load_model, load_tokenizer
+
+    policy = load_model(AutoModelForCausalLM, str(TOY / "model"), torch.device("cpu"))
+    return policy, load_tokenizer(str(TOY / "model"))
 
 
 def write(name, rows):
@@ -180,8 +275,12 @@ def make_model():
 def main():
     if sys.argv[1:] == ["--model"]:
         make_model()
+    elif sys.argv[1:] == ["--sampled"]:
+        loaded = load_policy()
+        for name, prompts in sampled_prompts().items():
+            write(name, list(sampled_rows(name, prompts, *loaded)))
     elif sys.argv[1:]:
-        raise SystemExit("make.py: the only flag is --model")
+        raise SystemExit("make.py: the flags are --model and --sampled, one at a time")
     else:
         for name, rows in make_data().items():
             write(name, rows)
