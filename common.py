@@ -251,11 +251,12 @@ def fixed_logps(model, batch, temperature=1.0, micro_batch_size=8, share_prompts
 def completion_scores(model, batch, share_prompts=True):
     """The classification head at each completion token -> (R, Tc, num_labels) float32.
     A reward model reads the last token of the mask, a process reward model the step ends, a critic
-    all. Transformers' own pooling takes the last id that is not pad: wrong where pad is EOS."""
+    all. Transformers' own pooling takes the last id that is not pad: wrong where pad is EOS.
+    config.reward_bias, which rm_*.py save as heads have no bias, is added."""
     length = batch.completion_ids.shape[1]
     hidden = _outputs(model, model.base_model, batch, length, share_prompts)[:, 1:]
     head = model.score if hasattr(model, "score") else model.classifier
-    return head(hidden.float())
+    return head(hidden.float()) + getattr(model.config, "reward_bias", 0.0)
 
 def _sample(logits, temperature, top_p, top_k):
     if temperature == 0:
