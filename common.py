@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 ROOT = Path(__file__).resolve().parent
 transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()  # load_model says itself what is missing
 
 def stop(message):
     """Raise SystemExit: `message` as one line on stderr, exit code 1."""

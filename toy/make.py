@@ -84,20 +84,11 @@ def step_rewards(prompts, completions, rows):
     return [[float(label == 1) for label in grade_steps(p, c)] for p, c in pairs]
 
 
-def distance(prompt, completion):
-    """How far the answer, the last line, is from the sum; as far as can be where it is no number.
-
-    Steps and answer go together: of equal answers, the one with fewer wrong lines is nearer.
-    """
+def quality(prompt, completion):
+    """Likert score of an answer: 5 right, else by the digits of its distance to it: 4 to 1."""
     a, b = prompt.split("+")
     answer = completion.rpartition("\n")[2]
     off = abs(int(answer) - int(a) - int(b)) if answer.isdecimal() else 10**6
-    return off, grade_steps(prompt, completion).count(-1)
-
-
-def quality(prompt, completion):
-    """Likert score of an answer: 5 right, else by the digits of its distance to it: 4 to 1."""
-    off, _ = distance(prompt, completion)
     return 5 if off == 0 else 5 - min(4, len(str(off)))
 
 
@@ -150,12 +141,16 @@ def preferences(rng, prompt, completions):
 
 
 def rankings(rng, prompt, completions):
-    """2 to 6 completions and their ranks, 0 the best: the nearer to the sum the better."""
-    nearest = {distance(prompt, c): c for c in completions}  # of equal ones, one
-    order = rng.sample(sorted(nearest), min(len(nearest), rng.randint(2, 6)))
+    """2 to 6 completions and their ranks, 0 the best: by Likert score, then by lines not right."""
+    rated = {}  # of completions rated alike the first, so that no ranks tie
+    for c in completions:
+        not_right = sum(label != 1 for label in grade_steps(prompt, c))
+        rated.setdefault((-quality(prompt, c), not_right), c)
+    order = list(rated)[:rng.randint(3, 6)]  # the likeliest are sampled first
+    rng.shuffle(order)
     if len(order) > 1:
         ranks = [sorted(order).index(x) for x in order]
-        yield {"prompt": prompt, "completions": [nearest[x] for x in order], "ranks": ranks}
+        yield {"prompt": prompt, "completions": [rated[x] for x in order], "ranks": ranks}
 
 
 def outcomes(rng, prompt, completions):
@@ -170,11 +165,14 @@ def labelled_steps(rng, prompt, completions):
             yield {"prompt": prompt, "steps": steps, "labels": grade_steps(prompt, c)}
 
 
-SAMPLED = {  # file: who rates, completions sampled of a prompt, rows
-    "pref_train.jsonl": (preferences, 4, 2500), "pref_test.jsonl": (preferences, 4, 300),
-    "kwise_train.jsonl": (rankings, 8, 800), "kwise_test.jsonl": (rankings, 8, 150),
-    "orm_train.jsonl": (outcomes, 4, 2600), "orm_test.jsonl": (outcomes, 8, 400),
-    "prm_train.jsonl": (labelled_steps, 4, 2000), "prm_test.jsonl": (labelled_steps, 4, 300),
+SAMPLED = {  # file: who rates, completions sampled of a prompt, their temperature, rows
+    "pref_train.jsonl": (preferences, 4, 1.0, 2500),
+    "pref_test.jsonl": (preferences, 4, 1.0, 300),
+    "kwise_train.jsonl": (rankings, 16, 0.7, 1600),
+    "kwise_test.jsonl": (rankings, 16, 0.7, 200),
+    "orm_train.jsonl": (outcomes, 4, 1.0, 2600), "orm_test.jsonl": (outcomes, 8, 1.0, 400),
+    "prm_train.jsonl": (labelled_steps, 4, 1.0, 2000),
+    "prm_test.jsonl": (labelled_steps, 4, 1.0, 300),
 }
 
 
@@ -185,7 +183,7 @@ def sampled_prompts(seed=SEED):
     """
     taken = {row["prompt"] for rows in make_data(seed).values() for row in rows}
     rng = random.Random(f"{seed} sampled")
-    return {name: problems(rng, 2 * number, taken) for name, (_, _, number) in SAMPLED.items()}
+    return {name: problems(rng, 2 * number, taken) for name, (*_, number) in SAMPLED.items()}
 
 
 def sampled_rows(name, prompts, policy, tokenizer, seed=SEED):
@@ -196,12 +194,12 @@ def sampled_rows(name, prompts, policy, tokenizer, seed=SEED):
 
     from common import generate
 
-    rate, num_generations, number = SAMPLED[name]
+    rate, num_generations, temperature, number = SAMPLED[name]
     rng, found = random.Random(f"{seed} {name}"), 0
     for start in range(0, len(prompts), 64):
         chunk = prompts[start:start + 64]
         torch.manual_seed(seed + start + 10**6 * list(SAMPLED).index(name))
-        texts = iter(generate(policy, tokenizer, chunk, num_generations, 48)[1])
+        texts = iter(generate(policy, tokenizer, chunk, num_generations, 48, temperature)[1])
         for prompt in chunk:
             for row in rate(rng, prompt, list(itertools.islice(texts, num_generations))):
                 yield row
