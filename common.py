@@ -191,6 +191,17 @@ def encode(tokenizer, prompts, completions, max_length=None):
     prompt_of = torch.tensor([i for i, texts in enumerate(completions) for _ in texts])
     return Batch(*pad(prompt_rows, "left"), *pad(rows, "right"), prompt_of)
 
+def encode_steps(tokenizer, prompt, steps, separator):
+    """Prompt and texts of steps -> ids of both, ends: the place of each step's last token, the end
+    of its separator. Steps are tokenised apart, so that none merges with the next. Without a
+    separator every token is a step."""
+    ids, ends = [], []
+    for text in steps:
+        ids += tokenizer(text + separator, add_special_tokens=False)["input_ids"]
+        ends.append(len(ids) - 1)
+    ids.append(end_of_turn(tokenizer))
+    return encode_prompt(tokenizer, prompt), ids, ends if separator else [*range(len(ids))]
+
 def pad(rows, side):
     """Lists of ids -> ids (N, T) and mask (N, T), padded on this side. Masks come from lengths,
     never from `ids != pad`: many tokenizers use one id for pad and EOS."""
@@ -335,15 +346,17 @@ def update(optimizer, scheduler, loss, max_grad_norm):
     optimizer.zero_grad()
     return norm
 
-def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_batch_size=8):
+def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_batch_size=8,
+                by_step=False):
     """-> score(prompts, completions, rows) -> list of R numbers, or of R lists, a number a step.
     reward: "verifier" for the function `verifier`, or "FILE.py:function", called with three lists
-    of length R, prompts and rows repeated for each completion. model: a reward model, in its place.
+    of length R, prompts and rows repeated for each completion. model: a reward model, in its place;
+    by_step: a process reward model says P(right) of each step, not its score of the solution.
     """
     name = f"--reward-model {model}" if model else f"--reward {reward}"
     path, _, attribute = reward.rpartition(":")
     if model:
-        function = _model_reward(model, device, dtype, micro_batch_size)
+        function = _model_reward(model, device, dtype, micro_batch_size, by_step)
     else:
         with stop_on_error(f"{name}: not FILE.py:function"):
             function = verifier if reward == "verifier" else runpy.run_path(path)[attribute]
@@ -360,23 +373,60 @@ def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_ba
         return values
     return score
 
-def _model_reward(path, device, dtype, micro_batch_size):
-    auto_class = transformers.AutoModelForSequenceClassification
+def _model_reward(path, device, dtype, micro_batch_size, by_step):
+    with stop_on_error(f"--reward-model {path}: no model there"):
+        config = transformers.AutoConfig.from_pretrained(path)
+    token = "ForTokenClassification" in str(config.architectures)
+    kind = "Token" if token else "Sequence"
+    auto_class = getattr(transformers, f"AutoModelFor{kind}Classification")
     tokenizer, model = load_tokenizer(path), load_model(auto_class, path, device, dtype)
-    if model.config.num_labels != 1:
-        stop(f"--reward-model {path}: has {model.config.num_labels} labels, not 1")
+    separator, how = (getattr(config, x, "") for x in ("step_separator", "solution_score"))
+    if not token and config.num_labels != 1:
+        stop(f"--reward-model {path}: has {config.num_labels} labels, not 1")
+    if token and not how or by_step and not separator:
+        stop(f"--reward-model {path}: its config.json does not say how to read the steps: make it "
+             "with prm.py" + " --supervision process" * by_step)
 
     @torch.no_grad()
     def function(prompts, completions, rows):
         # From the texts: the reward model may have another tokenizer and template.
-        batch = encode(tokenizer, prompts, [[text] for text in completions]).to(device)
-        lengths = batch.completion_mask.sum(1)
-        values = torch.zeros_like(lengths, dtype=torch.float32)
+        texts = [[x for x in c.split(separator) if x.strip()] if separator else [c]
+                 for c in completions]
+        encoded = [encode_steps(tokenizer, *x, separator)
+                   for x in zip(prompts, texts, strict=True)]
+        values, lengths = [0.0] * len(encoded), torch.tensor([len(ids) for _, ids, _ in encoded])
         for mb in lengths.argsort().split(micro_batch_size):  # by length: little padding
-            scores = completion_scores(model, batch.rows(mb))[..., 0]
-            values[mb] = scores.gather(1, lengths[mb, None] - 1)[:, 0]
-        return values.tolist()
+            prompt_rows, rows, ends = zip(*[encoded[i] for i in mb], strict=True)
+            batch = Batch(*pad(prompt_rows, "left"), *pad(rows, "right"), torch.arange(len(mb)))
+            scores = completion_scores(model, batch.to(device)).cpu()
+            for i, score, end in zip(mb.tolist(), scores, ends, strict=True):
+                probs = positive_probs(score[end])
+                values[i] = score[end[-1], 0].item() if not token else probs.tolist()
+                if token and not by_step:
+                    whole = torch.ones(1, len(end), dtype=torch.bool)
+                    values[i] = solution_score(probs[None], whole, how).item()
+        return values
     return function
+
+def positive_probs(logits):
+    """Of steps: logits (..., classes) -> (...): 1 - P(wrong), so neutral is positive, as it is for
+    Lightman 2023; of one logit the sigmoid."""
+    one = logits.shape[-1] == 1
+    return logits[..., 0].sigmoid() if one else logits.softmax(-1)[..., 1:].sum(-1)
+
+def solution_score(step_probs, step_mask, how):
+    """Probabilities and mask of steps (R, S) -> (R,): their product (Lightman 2023: the chance that
+    every step is right), minimum, last or mean (book 7.6). Without a step 0, not the empty
+    product's 1."""
+    if how == "last":
+        places = step_mask * torch.arange(step_mask.shape[1], device=step_mask.device)
+        scores = step_probs.gather(1, places.max(1, keepdim=True).values)[:, 0]
+    elif how == "mean":
+        scores = masked_mean(step_probs, step_mask, 1)
+    else:
+        probs = step_probs.masked_fill(~step_mask, 1.0)
+        scores = {"product": probs.prod(1), "minimum": probs.min(1).values}[how]
+    return scores * step_mask.any(1)
 
 # --- The folder of a run --------------------------------------------------------------------------
 
@@ -467,6 +517,16 @@ class Run:
             print(f"saved {self.folder / name} after {time.time() - self.start:.0f} s")
         with contextlib.suppress(ImportError):  # no matplotlib, no picture
             self._plot()
+
+    def histogram(self, values):
+        """reward_histogram.png of {label: numbers (N,)}, where matplotlib is there."""
+        with contextlib.suppress(ImportError):
+            from matplotlib.figure import Figure
+            figure = Figure(figsize=(5, 3), layout="constrained")
+            axes = figure.add_subplot(xlabel="score", ylabel="held-out completions")
+            axes.hist([*values.values()], bins=30, label=[*values], stacked=True)
+            axes.legend()
+            figure.savefig(self.folder / "reward_histogram.png")
 
     def _append(self, name, row):
         with stop_on_error(f"cannot write {self.folder / name}"):

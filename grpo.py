@@ -18,7 +18,6 @@ Differs from the print:
 
 To use it elsewhere, copy this file and common.py.
 """
-
 import random
 import re
 import time
@@ -245,7 +244,8 @@ def main(args: Args):
         eval_rows = load_rows(args.eval_dataset, *columns)[:args.eval_size]
     else:
         rows, eval_rows = hold_out(rows, args.eval_size, args.seed)
-    score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype)
+    score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype,
+                        by_step=args.supervision == "process")
     tokenizer = load_tokenizer(args.model)
     policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype,
                         args.gradient_checkpointing)

@@ -16,8 +16,6 @@ rm_bt.py trains on the same rows by their pairs (eq. 6), and reports the same fi
 
 To use it elsewhere, copy this file and common.py.
 """
-
-import contextlib
 import math
 import random
 import time
@@ -221,17 +219,6 @@ def score_all(model, tokenizer, examples, max_length, args):
     scores, lengths, ranks, prompt_of = torch.cat(rows, dim=1)
     return scores, lengths, ranks, prompt_of.long()
 
-def draw_histogram(path, scores, ranks):
-    """Held-out rewards of the best and of the other completions, where matplotlib is there."""
-    with contextlib.suppress(ImportError):
-        from matplotlib.figure import Figure
-        figure = Figure(figsize=(5, 3), layout="constrained")
-        axes = figure.add_subplot(xlabel="reward", ylabel="held-out completions")
-        sides = [scores[ranks == 0].tolist(), scores[ranks > 0].tolist()]
-        axes.hist(sides, bins=30, label=["best", "others"])
-        axes.legend()
-        figure.savefig(path)
-
 def main(args: Args):
     run = Run(args)
     torch.manual_seed(args.seed)
@@ -261,7 +248,8 @@ def main(args: Args):
         if eval_examples:
             scored = score_all(model, tokenizer, eval_examples, max_length, args)
             run.log(ranking_metrics(*scored), "eval_loss", "eval_accuracy", "eval_tau")
-            draw_histogram(run.folder / "reward_histogram.png", scored[0], scored[2])
+            best = scored[2] == 0
+            run.histogram({"best": scored[0][best], "others": scored[0][~best]})
 
     if run.step == 0:
         report()

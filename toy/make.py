@@ -154,7 +154,7 @@ def rankings(rng, prompt, completions):
 
 
 def outcomes(rng, prompt, completions):
-    for c in completions:
+    for c in filter(str.strip, completions):
         yield {"prompt": prompt, "completion": c, "label": quality(prompt, c) == 5}
 
 
@@ -171,8 +171,8 @@ SAMPLED = {  # file: who rates, completions sampled of a prompt, their temperatu
     "kwise_train.jsonl": (rankings, 16, 0.7, 1600),
     "kwise_test.jsonl": (rankings, 16, 0.7, 200),
     "orm_train.jsonl": (outcomes, 4, 1.0, 2600), "orm_test.jsonl": (outcomes, 8, 1.0, 400),
-    "prm_train.jsonl": (labelled_steps, 4, 1.0, 2000),
-    "prm_test.jsonl": (labelled_steps, 4, 1.0, 300),
+    "prm_train.jsonl": (labelled_steps, 2, 0.7, 2400),
+    "prm_test.jsonl": (labelled_steps, 2, 0.7, 300),
 }
 
 
