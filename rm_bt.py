@@ -89,7 +89,7 @@ class Args:
     """steps between checkpoints"""
 
 TOY = dict(model="toy/model", dataset="toy/pref_train.jsonl", eval_dataset="toy/pref_test.jsonl",
-           num_epochs=2, learning_rate=1e-3, batch_size=32, micro_batch_size=64,
+           num_epochs=3, learning_rate=1e-3, batch_size=32, micro_batch_size=64,
            warmup_ratio=0.1)
 
 # --- The algorithm --------------------------------------------------------------------------------
