@@ -402,9 +402,9 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
             for i, score, end in zip(mb.tolist(), scores, ends, strict=True):
                 probs = positive_probs(score[end])
                 values[i] = score[end[-1], 0].item() if not token else probs.tolist()
-                if token and not by_step:
+                if token and not by_step:  # no step at all scores 0
                     whole = torch.ones(1, len(end), dtype=torch.bool)
-                    values[i] = solution_score(probs[None], whole, how).item()
+                    values[i] = solution_score(probs[None], whole, how).item() if end else 0.0
         return values
     return function
 
