@@ -278,11 +278,11 @@ def main(args: Args):
         for mb in whole_prompts(batch.prompt_of, args.micro_batch_size):
             part, prompts = batch.rows(mb), batch.prompt_of[mb].unique()
             scores = last_scores(model, part, args.share_prompts)
-            better, worse, prompt = ranked_pairs(ranks[mb], part.prompt_of)
+            better, worse, _ = ranked_pairs(ranks[mb], part.prompt_of)
             if ranked:
                 mb_loss = ranking_loss(scores, ranks[mb], part.prompt_of)
             else:
-                margin = args.margin_scale * margins[prompts][prompt]
+                margin = args.margin_scale * margins[prompts]
                 mb_loss = bradley_terry_loss(scores[better], scores[worse], margin)
             if args.center_coef:
                 mb_loss = mb_loss + args.center_coef * center_loss(scores[better], scores[worse])
