@@ -147,9 +147,16 @@ class Batch:
         prompt_ids, ids = self.prompt_ids[prompts][:, -Tp:], self.completion_ids[index][:, :Tc]
         return Batch(prompt_ids, prompt_mask[:, -Tp:], ids, mask[:, :Tc], prompt_of)
 
-    def split(self, size):
-        """Index tensors of at most `size` completions each, for `rows`: the micro-batches."""
-        return torch.arange(len(self.prompt_of), device=self.prompt_of.device).split(size)
+    def split(self, size, whole_prompts=False):
+        """Index tensors of at most `size` completions each, for `rows`: the micro-batches.
+        whole_prompts: none divides a prompt; one with more completions than that goes alone."""
+        sizes = size
+        if whole_prompts:
+            sizes = []
+            for count in self.prompt_of.unique_consecutive(return_counts=True)[1].tolist():
+                fits = sizes and sizes[-1] + count <= size
+                sizes = [*sizes[:-1], sizes[-1] + count] if fits else [*sizes, count]
+        return torch.arange(len(self.prompt_of), device=self.prompt_of.device).split(sizes)
 
     def to(self, device):
         """The same on `device`."""
@@ -270,6 +277,11 @@ def completion_scores(model, batch, share_prompts=True):
     head = model.score if hasattr(model, "score") else model.classifier
     return head(hidden.float()) + getattr(model.config, "reward_bias", 0.0)
 
+def last_scores(model, batch, share_prompts=True):
+    """`completion_scores` at each completion's last token: a reward model's rewards -> (R,)."""
+    last = batch.completion_mask.sum(1, keepdim=True) - 1
+    return completion_scores(model, batch, share_prompts)[..., 0].gather(1, last)[:, 0]
+
 def _sample(logits, temperature, top_p, top_k):
     if temperature == 0:
         return logits.argmax(-1)
@@ -380,10 +392,11 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
     kind = "Token" if token else "Sequence"
     auto_class = getattr(transformers, f"AutoModelFor{kind}Classification")
     tokenizer, model = load_tokenizer(path), load_model(auto_class, path, device, dtype)
-    separator, how = (getattr(config, x, "") for x in ("step_separator", "solution_score"))
+    separator = getattr(config, "step_separator", "")
+    how = getattr(config, "solution_score", "" if token else "last")
     if not token and config.num_labels != 1:
         stop(f"--reward-model {path}: has {config.num_labels} labels, not 1")
-    if token and not how or by_step and not separator:
+    if not how or by_step and not separator:
         stop(f"--reward-model {path}: its config.json does not say how to read the steps: make it "
              "with prm.py" + " --supervision process" * by_step)
 
@@ -400,11 +413,10 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
             batch = Batch(*pad(prompt_rows, "left"), *pad(rows, "right"), torch.arange(len(mb)))
             scores = completion_scores(model, batch.to(device)).cpu()
             for i, score, end in zip(mb.tolist(), scores, ends, strict=True):
-                probs = positive_probs(score[end])
-                values[i] = score[end[-1], 0].item() if not token else probs.tolist()
-                if token and not by_step:  # no step at all scores 0
-                    whole = torch.ones(1, len(end), dtype=torch.bool)
-                    values[i] = solution_score(probs[None], whole, how).item() if end else 0.0
+                steps = positive_probs(score[end]) if token else score[end, 0]
+                whole = torch.ones(1, len(end), dtype=torch.bool)
+                values[i] = (steps.tolist() if by_step else
+                             solution_score(steps[None], whole, how).item())
         return values
     return function
 
@@ -418,6 +430,7 @@ def solution_score(step_probs, step_mask, how):
     """Probabilities and mask of steps (R, S) -> (R,): their product (Lightman 2023: the chance that
     every step is right), minimum, last or mean (book 7.6). Without a step 0, not the empty
     product's 1."""
+    step_probs, step_mask = (torch.nn.functional.pad(x, (0, 1)) for x in (step_probs, step_mask))
     if how == "last":
         places = step_mask * torch.arange(step_mask.shape[1], device=step_mask.device)
         scores = step_probs.gather(1, places.max(1, keepdim=True).values)[:, 0]

@@ -245,7 +245,7 @@ def main(args: Args):
     else:
         rows, eval_rows = hold_out(rows, args.eval_size, args.seed)
     score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype,
-                        by_step=args.supervision == "process")
+                        args.micro_batch_size, by_step=args.supervision == "process")
     tokenizer = load_tokenizer(args.model)
     policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype,
                         args.gradient_checkpointing)

@@ -270,7 +270,7 @@ def main(args: Args):
     model = load_model(AutoModelForTokenClassification, *load, new_head=num_classes)
     model.config.update({
         "id2label": dict(enumerate(names)), "label2id": {c: i for i, c in enumerate(names)},
-        "step_separator": args.step_separator * process, "solution_score": how,
+        "reward_bias": 0.0, "step_separator": args.step_separator * process, "solution_score": how,
         "classifier_dropout": 0.0})  # where nothing is said, transformers has 0.1
     if args.lm_coef or args.head == "cobbe":  # a language model on the same backbone
         lm = load_model(AutoModelForCausalLM, *load)

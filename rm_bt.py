@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler)
 
-from common import (Run, completion_logps, completion_scores, encode, encode_prompt, hold_out,
+from common import (Run, completion_logps, encode, encode_prompt, hold_out, last_scores,
                     load_model, load_rows, load_tokenizer, masked_mean, parse_args, pick_device,
                     stop, stop_on_error, update)
 
@@ -62,7 +62,8 @@ class Args:
     center_coef: float = 0.0
     """weight of the squared sum of a pair's rewards (Eisenstein 2023: 0.01)"""
     nll_coef: float = 0.0
-    """weight of the language-model loss on the best completion (8.2); costs a second pass"""
+    """weight of the language-model loss on the best completion (8.2), nats a token; costs a second
+    pass"""
 
     num_epochs: int = 1
     """passes over the data (InstructGPT: 1; more overfit)"""
@@ -102,11 +103,15 @@ def bradley_terry_loss(chosen, rejected, margin=0.0):
     return -F.logsigmoid(chosen - rejected - margin).mean()
 
 def ranked_pairs(ranks, prompt_of):
-    """Ranks (R,), 0 the best, and the prompt of each completion (R,) -> (better, worse, prompt),
-    three (N,) long: every pair of completions of one prompt whose ranks differ, once."""
+    """Ranks, 0 the best, and prompt_of (R,) -> better, worse (N,): every pair of completions of one
+    prompt whose ranks differ, once."""
     same = prompt_of[:, None] == prompt_of
-    better, worse = (same & (ranks[:, None] < ranks)).nonzero(as_tuple=True)
-    return better, worse, prompt_of[better]
+    return (same & (ranks[:, None] < ranks)).nonzero(as_tuple=True)
+
+def prompt_mean(values, prompt):
+    """Values and their prompts (N,) -> scalar: mean over each prompt, then over prompts."""
+    count = prompt.bincount()
+    return (values / count[prompt]).sum() / (count > 0).sum()
 
 def ranking_loss(scores, ranks, prompt_of):
     """Scores, ranks, prompt_of (R,) -> scalar. Book eq. 6 (InstructGPT), K may differ by prompt:
@@ -114,14 +119,14 @@ def ranking_loss(scores, ranks, prompt_of):
     mean over prompts of  -1/C(K,2) sum over pairs, i better than j, of log sigmoid(r_i - r_j).
     A completion is in K - 1 pairs but goes through the model once. Ties: fewer than C(K,2) pairs.
     """
-    better, worse, prompt = ranked_pairs(ranks, prompt_of)
-    count = prompt.bincount()
-    losses = -F.logsigmoid(scores[better] - scores[worse])
-    return (losses / count[prompt]).sum() / (count > 0).sum()
+    better, worse = ranked_pairs(ranks, prompt_of)
+    return prompt_mean(-F.logsigmoid(scores[better] - scores[worse]), prompt_of[better])
 
-def center_loss(chosen, rejected):
-    """(r_c + r_r)^2, mean over pairs: Bradley-Terry leaves a constant free, this draws it to 0."""
-    return ((chosen + rejected) ** 2).mean()
+def center_loss(scores, ranks, prompt_of):
+    """(r_c + r_r)^2, mean as in `ranking_loss`: the other losses leave a constant free, this draws
+    it to 0."""
+    better, worse = ranked_pairs(ranks, prompt_of)
+    return prompt_mean((scores[better] + scores[worse]) ** 2, prompt_of[better])
 
 # --- Evaluation -----------------------------------------------------------------------------------
 
@@ -135,7 +140,7 @@ def pair_metrics(scores, lengths, ranks, prompt_of):
     Accuracy where the better completion is the longer one and where it is the shorter one: far
     apart, they tell a model that likes length.
     """
-    better, worse, _ = ranked_pairs(ranks, prompt_of)
+    better, worse = ranked_pairs(ranks, prompt_of)
     r_b, r_w, longer = scores[better], scores[worse], lengths[better] - lengths[worse]
     spread = torch.stack([scores[prompt_of == p].std() for p in prompt_of.unique()])
     return {"eval_loss": ranking_loss(scores, ranks, prompt_of),
@@ -182,7 +187,8 @@ def keep_comparable(examples, tokenizer, max_length, name):
         ids = tokenizer(e["completions"], add_special_tokens=False)["input_ids"]
         first = {tuple(x[:room]): i for i, x in reversed([*enumerate(ids)])}.values()
         ranks = [e["ranks"][i] for i in first]
-        if room > 0 and len(set(ranks)) > 1:
+        ranks = [sorted(set(ranks)).index(rank) for rank in ranks]  # 0 the best, none left out
+        if room > 0 and max(ranks, default=0) > 0:
             kept.append(e | {"ranks": ranks, "completions": [e["completions"][i] for i in first]})
     if len(kept) < len(examples):
         print(f"{name}: of {len(examples)} rows, dropped {len(examples) - len(kept)}: nothing to "
@@ -192,27 +198,9 @@ def keep_comparable(examples, tokenizer, max_length, name):
 def collate(examples, tokenizer, max_length):
     """-> Batch of all their completions, ranks (R,), margins (P,)."""
     prompts, completions = ([e[k] for e in examples] for k in ("prompt", "completions"))
-    ranks = torch.tensor([float(rank) for e in examples for rank in e["ranks"]])
+    ranks = torch.tensor([rank for e in examples for rank in e["ranks"]])
     margins = torch.tensor([e["margin"] for e in examples])
     return encode(tokenizer, prompts, completions, max_length), ranks, margins
-
-def whole_prompts(prompt_of, size):
-    """prompt_of (R,) -> index tensors of all completions of some prompts: the micro-batches, of at
-    most `size` completions, or of one prompt that has more."""
-    sizes, start = prompt_of.unique_consecutive(return_counts=True)[1].tolist(), 0
-    parts = []
-    for count in sizes:
-        if parts and len(parts[-1]) + count <= size:
-            parts[-1] = range(parts[-1].start, start + count)
-        else:
-            parts.append(range(start, start + count))
-        start += count
-    return [torch.tensor(part, device=prompt_of.device) for part in parts]
-
-def last_scores(model, batch, share_prompts=True):
-    """The reward of each completion: the head at its last token, (R,)."""
-    last = batch.completion_mask.sum(1, keepdim=True) - 1
-    return completion_scores(model, batch, share_prompts)[..., 0].gather(1, last)[:, 0]
 
 @torch.no_grad()
 def score_all(model, tokenizer, examples, max_length, args):
@@ -220,7 +208,7 @@ def score_all(model, tokenizer, examples, max_length, args):
     rows = []
     for i in range(0, len(examples), args.batch_size):
         batch, ranks, _ = collate(examples[i:i + args.batch_size], tokenizer, max_length)
-        for mb in whole_prompts(batch.prompt_of, args.micro_batch_size):
+        for mb in batch.split(args.micro_batch_size, whole_prompts=True):
             scores = last_scores(model, batch.rows(mb).to(model.device), args.share_prompts).cpu()
             lengths = batch.completion_mask[mb].sum(1)
             rows.append(torch.stack([scores, lengths, ranks[mb], batch.prompt_of[mb] + i]))
@@ -238,7 +226,7 @@ def main(args: Args):
         examples, eval_examples = hold_out(examples, args.eval_size, args.seed)
     load = args.model, device, args.dtype, args.gradient_checkpointing
     model = load_model(AutoModelForSequenceClassification, *load, new_head=1)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.update({"pad_token_id": tokenizer.pad_token_id, "reward_bias": 0.0})
     parts = torch.nn.ModuleList([model])
     if args.nll_coef:  # a language model on the same backbone
         parts.append(lm := load_model(AutoModelForCausalLM, *load))
@@ -248,6 +236,9 @@ def main(args: Args):
     examples = keep_comparable(examples, tokenizer, max_length, args.dataset)
     eval_examples = keep_comparable(eval_examples, tokenizer, max_length, args.eval_dataset)
     ranked = any(len(e["ranks"]) > 2 for e in examples)
+    if ranked and args.margin_scale and any(e["margin"] for e in examples):
+        stop(f"{args.dataset}: margins go with pairs (eq. 5), but some rows rank more than two: "
+             "train on these apart, or with --margin-scale 0")
 
     order = [i for epoch in range(args.num_epochs)  # each epoch in an order of its own
              for i in random.Random(f"{args.seed} {epoch}").sample(range(len(examples)),
@@ -274,22 +265,24 @@ def main(args: Args):
         batch, ranks, margins = (x.to(device) for x in collate(drawn, tokenizer, max_length))
 
         # 2. Rewards and loss; each micro-batch weighs as much as its share of the step's prompts
-        loss, rewards = 0.0, torch.zeros_like(ranks)
-        for mb in whole_prompts(batch.prompt_of, args.micro_batch_size):
+        loss, rewards = 0.0, torch.zeros_like(ranks, dtype=torch.float32)
+        for mb in batch.split(args.micro_batch_size, whole_prompts=True):
             part, prompts = batch.rows(mb), batch.prompt_of[mb].unique()
             scores = last_scores(model, part, args.share_prompts)
-            better, worse, _ = ranked_pairs(ranks[mb], part.prompt_of)
             if ranked:
                 mb_loss = ranking_loss(scores, ranks[mb], part.prompt_of)
             else:
+                better, worse = ranked_pairs(ranks[mb], part.prompt_of)
                 margin = args.margin_scale * margins[prompts]
                 mb_loss = bradley_terry_loss(scores[better], scores[worse], margin)
             if args.center_coef:
-                mb_loss = mb_loss + args.center_coef * center_loss(scores[better], scores[worse])
+                mb_loss = mb_loss + args.center_coef * center_loss(scores, ranks[mb],
+                                                                   part.prompt_of)
             if args.nll_coef:
                 best = part.rows((ranks[mb] == 0).nonzero()[:, 0])
                 logps = completion_logps(lm, best, share_prompts=args.share_prompts)
-                mb_loss = mb_loss - args.nll_coef * masked_mean(logps, best.completion_mask)
+                nll = -masked_mean(logps, best.completion_mask, 1)  # (R,) nats a token
+                mb_loss = mb_loss + args.nll_coef * prompt_mean(nll, best.prompt_of)
             mb_loss = mb_loss * len(prompts) / len(drawn)
             mb_loss.backward()
             loss += mb_loss.item()
@@ -300,7 +293,7 @@ def main(args: Args):
         grad_norm = update(optimizer, scheduler, loss, args.max_grad_norm)
 
         # 4. Log
-        better, worse, _ = ranked_pairs(ranks, batch.prompt_of)
+        better, worse = ranked_pairs(ranks, batch.prompt_of)
         run.log({"loss": loss, "accuracy": pair_accuracy(rewards[better], rewards[worse]),
                  "margin": (rewards[better] - rewards[worse]).mean(),
                  "reward": rewards.mean(), "reward_std": rewards.std(),

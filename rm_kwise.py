@@ -26,7 +26,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
-from common import (Run, completion_scores, encode, encode_prompt, hold_out, load_model, load_rows,
+from common import (Run, encode, encode_prompt, hold_out, last_scores, load_model, load_rows,
                     load_tokenizer, parse_args, pick_device, stop, stop_on_error, update)
 
 @dataclass
@@ -175,7 +175,8 @@ def keep_comparable(examples, tokenizer, max_length, name):
         ids = tokenizer(e["completions"], add_special_tokens=False)["input_ids"]
         first = {tuple(x[:room]): i for i, x in reversed([*enumerate(ids)])}.values()
         ranks = [e["ranks"][i] for i in first]
-        if room > 0 and len(set(ranks)) > 1:
+        ranks = [sorted(set(ranks)).index(rank) for rank in ranks]  # 0 the best, none left out
+        if room > 0 and max(ranks, default=0) > 0:
             kept.append(e | {"ranks": ranks, "completions": [e["completions"][i] for i in first]})
     if len(kept) < len(examples):
         print(f"{name}: of {len(examples)} rows, dropped {len(examples) - len(kept)}: nothing to "
@@ -185,26 +186,8 @@ def keep_comparable(examples, tokenizer, max_length, name):
 def collate(examples, tokenizer, max_length):
     """-> Batch of all their completions, and ranks (R,)."""
     prompts, completions = ([e[k] for e in examples] for k in ("prompt", "completions"))
-    ranks = torch.tensor([float(rank) for e in examples for rank in e["ranks"]])
+    ranks = torch.tensor([rank for e in examples for rank in e["ranks"]])
     return encode(tokenizer, prompts, completions, max_length), ranks
-
-def whole_prompts(prompt_of, size):
-    """prompt_of (R,) -> index tensors of all completions of some prompts: the micro-batches, of at
-    most `size` completions, or of one prompt that has more."""
-    sizes, start = prompt_of.unique_consecutive(return_counts=True)[1].tolist(), 0
-    parts = []
-    for count in sizes:
-        if parts and len(parts[-1]) + count <= size:
-            parts[-1] = range(parts[-1].start, start + count)
-        else:
-            parts.append(range(start, start + count))
-        start += count
-    return [torch.tensor(part, device=prompt_of.device) for part in parts]
-
-def last_scores(model, batch, share_prompts=True):
-    """The reward of each completion: the head at its last token, (R,)."""
-    last = batch.completion_mask.sum(1, keepdim=True) - 1
-    return completion_scores(model, batch, share_prompts)[..., 0].gather(1, last)[:, 0]
 
 @torch.no_grad()
 def score_all(model, tokenizer, examples, max_length, args):
@@ -212,7 +195,7 @@ def score_all(model, tokenizer, examples, max_length, args):
     rows = []
     for i in range(0, len(examples), args.batch_size):
         batch, ranks = collate(examples[i:i + args.batch_size], tokenizer, max_length)
-        for mb in whole_prompts(batch.prompt_of, args.micro_batch_size):
+        for mb in batch.split(args.micro_batch_size, whole_prompts=True):
             scores = last_scores(model, batch.rows(mb).to(model.device), args.share_prompts).cpu()
             lengths = batch.completion_mask[mb].sum(1)
             rows.append(torch.stack([scores, lengths, ranks[mb], batch.prompt_of[mb] + i]))
@@ -230,7 +213,7 @@ def main(args: Args):
         examples, eval_examples = hold_out(examples, args.eval_size, args.seed)
     model = load_model(AutoModelForSequenceClassification, args.model, device, args.dtype,
                        args.gradient_checkpointing, new_head=1)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.update({"pad_token_id": tokenizer.pad_token_id, "reward_bias": 0.0})
     max_length = min(args.max_length, model.context)
     examples = keep_comparable(examples, tokenizer, max_length, args.dataset)
     eval_examples = keep_comparable(eval_examples, tokenizer, max_length, args.eval_dataset)
@@ -260,8 +243,8 @@ def main(args: Args):
         batch, ranks = (x.to(device) for x in collate(drawn, tokenizer, max_length))
 
         # 2. Rewards and loss; each micro-batch weighs as much as its share of the step's prompts
-        loss, rewards = 0.0, torch.zeros_like(ranks)
-        for mb in whole_prompts(batch.prompt_of, args.micro_batch_size):
+        loss, rewards = 0.0, torch.zeros_like(ranks, dtype=torch.float32)
+        for mb in batch.split(args.micro_batch_size, whole_prompts=True):
             part = batch.rows(mb)
             scores = last_scores(model, part, args.share_prompts)
             mb_loss = plackett_luce_loss(*best_first(scores, ranks[mb], part.prompt_of))

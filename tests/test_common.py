@@ -88,6 +88,17 @@ def test_rows_keeps_each_completion_with_its_prompt(batch):
         assert list(sequences(batch.rows(torch.tensor(index)))) == [all_rows[i] for i in index]
 
 
+def test_micro_batches_of_whole_prompts():
+    of = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3])
+    ids = torch.zeros(12, 1)
+    batch = common.Batch(torch.zeros(4, 1), torch.ones(4, 1), ids, ids > -1, of)
+    parts = batch.split(5, whole_prompts=True)
+    assert [p.tolist() for p in parts] == [[0, 1, 2, 3, 4], [5, 6], [7, 8, 9, 10, 11]]
+    assert [len(p) for p in batch.split(4, whole_prompts=True)] == [2, 3, 2, 5]
+    assert [len(p) for p in batch.split(100, whole_prompts=True)] == [12]
+    assert [len(p) for p in batch.split(5)] == [5, 5, 2]
+
+
 def test_pad_equal_to_eos_hides_no_eos():
     tokenizer = make_tokenizer(pad_is_eos=True)
     batch = common.encode(tokenizer, PROMPTS, COMPLETIONS)

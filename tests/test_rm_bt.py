@@ -106,10 +106,9 @@ def test_a_ranking_of_two_is_eq_3():
 
 def test_every_pair_once_and_none_across_prompts():
     ranks, prompt_of = torch.tensor([1, 0, 2, 0, 0, 3]), torch.tensor([0, 0, 0, 1, 1, 1])
-    better, worse, prompt = rm_bt.ranked_pairs(ranks, prompt_of)
-    got = set(zip(better.tolist(), worse.tolist(), prompt.tolist(), strict=True))
-    assert len(better) == 5
-    assert got == {(0, 2, 0), (1, 0, 0), (1, 2, 0), (3, 5, 1), (4, 5, 1)}
+    better, worse = rm_bt.ranked_pairs(ranks, prompt_of)
+    got = set(zip(better.tolist(), worse.tolist(), strict=True))
+    assert len(better) == 5 and got == {(0, 2), (1, 0), (1, 2), (3, 5), (4, 5)}
 
 
 def test_metrics_by_hand():
@@ -120,13 +119,6 @@ def test_metrics_by_hand():
     assert got["eval_margin"] == pytest.approx((1 + 0 - 3) / 3)
     assert got["eval_accuracy_better_longer"] == 0.5 and got["eval_accuracy_better_shorter"] == 0.5
     assert got["eval_reward_std_prompt"] == pytest.approx((0.5**0.5 + 0 + 4.5**0.5) / 3)
-
-
-def test_micro_batches_are_whole_prompts():
-    of = torch.tensor([0, 0, 1, 1, 1, 2, 2, 3, 3, 3, 3, 3])
-    parts = rm_bt.whole_prompts(of, 4)
-    assert [p.tolist() for p in parts] == [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9, 10, 11]]
-    assert [len(p) for p in rm_bt.whole_prompts(of, 100)] == [12]
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -195,6 +187,42 @@ def test_the_nll_term_is_of_the_chosen_completions(tmp_path):
     assert both - plain == pytest.approx(0.5 * nll.item(), rel=1e-3)
 
 
+def test_micro_batches_change_nothing(tmp_path):
+    """With every term of the loss, on rankings of 3, 2 and 4: prompts weigh alike, however cut."""
+    got = [run(tiny_args(tmp_path / str(size), RANKED, micro_batch_size=size, center_coef=0.3,
+                         nll_coef=0.5))[0] for size in (1, 5, 9)]  # fmt: skip
+    for row in got[1:]:
+        assert row["loss"] == pytest.approx(got[0]["loss"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(got[0]["grad_norm"], rel=1e-3)
+
+
+def test_ranks_may_begin_anywhere_and_skip(tmp_path):
+    moved = [row | {"ranks": [10 + 3 * r for r in row["ranks"]]} for row in RANKED]
+    got = []
+    for rows in (RANKED, moved):
+        folder = tmp_path / str(len(got))
+        held_out = write(folder / "held_out.jsonl", rows)
+        got.append(run(tiny_args(folder, rows, nll_coef=0.5, eval_dataset=held_out)))
+    for a, b in zip(*got, strict=True):
+        for name in a.keys() - {"seconds", "tokens_per_second"}:
+            assert a[name] == pytest.approx(b[name]), name
+
+
+def test_a_reward_model_trained_on_is_centred_anew(tmp_path):
+    run(tiny_args(tmp_path / "a", PAIRS))
+    again = tiny_args(tmp_path / "b", PAIRS, model=str(tmp_path / "a/run/final"), learning_rate=0.0)
+    run(again)
+    biases = [json.loads((tmp_path / x / "run/final/config.json").read_text())["reward_bias"]
+              for x in "ab"]  # fmt: skip
+    assert biases[0] == pytest.approx(biases[1], rel=1e-3) and biases[0] != 0
+
+
+def test_margins_beside_rankings_are_refused(tmp_path):
+    """Eq. 6 has no margin: to leave it out in silence would train another loss than was asked."""
+    with pytest.raises(SystemExit, match="margin"):
+        run(tiny_args(tmp_path, RANKED + PAIRS))
+
+
 def test_the_saved_model_scores_the_same_and_is_centred(tmp_path, capsys):
     args = tiny_args(tmp_path, PAIRS * 4, num_epochs=3)
     run(args)
@@ -225,11 +253,11 @@ def test_neither_padding_nor_place_changes_a_reward(tmp_path, kind, pad_is_eos):
         AutoModelForSequenceClassification, folder, torch.device("cpu"), new_head=1
     )
     prompts, texts = ["a", "a longer prompt", "b"], ["x", "a much longer completion", "yy"]
-    alone = [rm_bt.last_scores(model, common.encode(tokenizer, [p], [[t]])).item()
+    alone = [common.last_scores(model, common.encode(tokenizer, [p], [[t]])).item()
              for p, t in zip(prompts, texts, strict=True)]  # fmt: skip
     for order in ([0, 1, 2], [2, 1, 0]):
         batch = common.encode(tokenizer, [prompts[i] for i in order], [[texts[i]] for i in order])
-        got = rm_bt.last_scores(model, batch).tolist()
+        got = common.last_scores(model, batch).tolist()
         assert got == pytest.approx([alone[i] for i in order], abs=1e-5)
     assert len({round(x, 4) for x in alone}) == 3
 

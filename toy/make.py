@@ -141,7 +141,7 @@ def preferences(rng, prompt, completions):
 
 
 def rankings(rng, prompt, completions):
-    """2 to 6 completions and their ranks, 0 the best: by Likert score, then by lines not right."""
+    """Up to 6 completions and their ranks, 0 the best: by Likert score, then by lines not right."""
     rated = {}  # of completions rated alike the first, so that no ranks tie
     for c in completions:
         not_right = sum(label != 1 for label in grade_steps(prompt, c))
