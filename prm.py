@@ -135,8 +135,8 @@ class CobbeHead(torch.nn.Module):
         return self.gain * F.linear(hidden, self.weight[-1:]) + self.bias
 
     def linear(self):  # the same function, for saving
-        layer = torch.nn.Linear(self.weight.shape[1], 1)
-        layer.weight.data, layer.bias.data = self.gain.data * self.weight.data[-1:], self.bias.data
+        layer = torch.nn.Linear(self.weight.shape[1], 1, device=self.weight.device)
+        layer.load_state_dict({"weight": self.gain * self.weight[-1:], "bias": self.bias})
         return layer
 
 # --- Evaluation -----------------------------------------------------------------------------------

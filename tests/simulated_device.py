@@ -9,6 +9,7 @@ program, it enables itself and calls a script: python tests/simulated_device.py 
 import torch
 import torch.utils.backend_registration as registration
 from torch.utils import _pytree as pytree
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CROSS_DEVICE = {"aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense", "aten::set_"}
@@ -127,6 +128,9 @@ def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=No
 def enable() -> None:
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # module.to("sim") swaps parameters for wrappers
     registration._setup_privateuseone_for_python_backend("sim", backend_module=_DeviceModule())
+    # Fills a cache of the functions that `with torch.device("meta")` governs. With the wrappers in it,
+    # models are not built on meta, and what no file has, heads and frequencies, stays uninitialised.
+    _device_constructors()
     _accept_sim_device("tensor")
     _accept_sim_device("as_tensor")
     torch.nn.functional.scaled_dot_product_attention = _attention

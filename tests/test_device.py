@@ -22,6 +22,22 @@ def test_the_simulation_refuses_to_mix():
     assert out.returncode == 1 and "same device" in out.stderr
 
 
+def test_the_simulation_leaves_no_weight_uninitialised():
+    """What no file has, a new head and the rotary frequencies, is what it is on the CPU."""
+    code = (
+        "import sys, torch, simulated_device, common\n"
+        "if sys.argv[1] == 'sim': simulated_device.enable()\n"
+        "torch.manual_seed(0)\n"
+        "args = common.transformers.AutoModelForSequenceClassification, sys.argv[2]\n"
+        "m = common.load_model(*args, torch.device(sys.argv[1]), new_head=1)\n"
+        "print(m.score.weight.cpu().tolist(), m.model.rotary_emb.inv_freq.cpu().tolist())"
+    )
+    path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(SIM.parent)!r}]\n"
+    outs = [run("-c", path + code, device, ROOT / "toy/model") for device in ("cpu", "sim")]
+    assert outs[0].returncode == outs[1].returncode == 0, outs[1].stderr
+    assert outs[0].stdout == outs[1].stdout
+
+
 @pytest.mark.parametrize(
     "script, flags",
     [
@@ -29,13 +45,19 @@ def test_the_simulation_refuses_to_mix():
         ("grpo", ["--supervision", "process", "--reward", f"{ROOT}/toy/make.py:step_rewards"]),
         ("grpo", ["--no-share-prompts", "--micro-batch-size", "3", "--beta", "0"]),
         ("sft", ["--max-length", "30"]),
+        ("rm_bt", ["--nll-coef", "0.1", "--center-coef", "0.1"]),
+        ("rm_kwise", ["--no-share-prompts"]),
+        ("prm", ["--solution-score", "minimum"]),
+        ("prm", ["--supervision", "outcome", "--head", "cobbe", "--lm-coef", "0.1"]),
     ],
 )
 def test_a_script_runs_there(script, flags, tmp_path):
     small = ["--num-prompts", "2", "--num-generations", "2", "--max-new-tokens", "8"]
     small += ["--num-steps", "2", "--eval-size", "4", "--checkpoint-every", "1"]
-    if script == "sft":
-        rows = (ROOT / "toy/sft_train.jsonl").read_text().splitlines(True)[:40]
+    if script != "grpo":
+        name = {"rm_bt": "pref", "rm_kwise": "kwise"}.get(script, script)
+        name = "orm" if "outcome" in flags else name
+        rows = (ROOT / f"toy/{name}_train.jsonl").read_text().splitlines(True)[:40]
         (tmp_path / "d.jsonl").write_text("".join(rows))
         small = ["--dataset", tmp_path / "d.jsonl", "--eval-dataset", tmp_path / "d.jsonl"]
     command = [SIM, script, "--device", "sim", "--output-dir", tmp_path / "run", *small, *flags]

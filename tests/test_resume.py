@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import common
 import grpo
+import prm
+import rm_bt
+import rm_kwise
 import sft
 
 TOY = str(ROOT / "toy" / "model")
@@ -322,3 +325,33 @@ def test_the_final_model_loads_and_generates(script, data, tmp_path):
     names = {p.name for p in run.iterdir()}
     assert {"args.json", "metrics.jsonl", "samples.jsonl", "checkpoint", "final"} <= names
     assert not any(name.endswith(".new") for name in names | set(os.listdir(run / "checkpoint")))
+
+
+@pytest.mark.parametrize(
+    "script, name, changes",
+    [(rm_bt, "pref", dict(nll_coef=0.1)), (rm_kwise, "kwise", {}), (prm, "prm", {}),
+     (prm, "orm", dict(supervision="outcome", head="cobbe", lm_coef=0.1))],
+    ids=["rm_bt", "rm_kwise", "prm", "orm"],
+)  # fmt: skip
+def test_a_reward_models_killed_run_goes_on_as_if_it_had_not_been(
+    script, name, changes, tmp_path, monkeypatch
+):
+    lines = (ROOT / "toy" / f"{name}_train.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(lines[:24]))
+    rows = str(tmp_path / "rows.jsonl")
+
+    def args(folder):
+        return script.Args(
+            model=TOY, dataset=rows, eval_dataset=rows, output_dir=str(tmp_path / folder),
+            device="cpu", batch_size=8, num_epochs=2, eval_every=2, checkpoint_every=2,
+            learning_rate=1e-3, **changes,
+        )  # fmt: skip
+
+    script.main(args("straight"))
+    stopped_run(script, args("killed"), "update", 4)
+    resumed(script, args("killed"))
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    assert metrics(straight) == metrics(killed)
+    assert sum("grad_norm" in row for row in metrics(straight)) == 6
+    for file in ("config.json", "model.safetensors"):
+        assert (straight / "final" / file).read_bytes() == (killed / "final" / file).read_bytes()
