@@ -4,9 +4,10 @@ import json
 import math
 
 import pytest
+import test_rm_bt
 import torch
 from conftest import ROOT, make_tokenizer
-from test_rm_bt import TOY, learned, write
+from test_rm_bt import TOY, learned, run, write
 from transformers import AutoModelForTokenClassification
 
 import common
@@ -27,19 +28,9 @@ OUTCOMES = [
 
 
 def tiny_args(tmp_path, rows, **changes):
-    values = prm.TOY | dict(
-        model=str(TOY), dataset=write(tmp_path / "rows.jsonl", rows), eval_dataset="", eval_size=0,
-        output_dir=str(tmp_path / "run"), device="cpu", num_epochs=1, batch_size=3,
-        lr_schedule="constant", warmup_ratio=0.0, max_length=64,
-    )  # fmt: skip
     if "completion" in rows[0]:
         changes = dict(supervision="outcome") | changes
-    return prm.Args(**values | changes)
-
-
-def run(args):
-    prm.main(args)
-    return [json.loads(line) for line in open(f"{args.output_dir}/metrics.jsonl")]
+    return test_rm_bt.tiny_args(tmp_path, rows, prm, **changes)
 
 
 def logits_of(model, tokenizer, prompt, pieces):

@@ -33,17 +33,19 @@ def write(path, rows):
     return str(path)
 
 
-def tiny_args(tmp_path, rows, **changes):
-    values = rm_bt.TOY | dict(
+def tiny_args(tmp_path, rows, script=rm_bt, **changes):
+    """Args of one step of a reward model's script on these rows."""
+    values = script.TOY | dict(
         model=str(TOY), dataset=write(tmp_path / "rows.jsonl", rows), eval_dataset="", eval_size=0,
         output_dir=str(tmp_path / "run"), device="cpu", num_epochs=1, batch_size=3,
         lr_schedule="constant", warmup_ratio=0.0, max_length=64,
     )  # fmt: skip
-    return rm_bt.Args(**values | changes)
+    return script.Args(**values | changes)
 
 
 def run(args):
-    rm_bt.main(args)
+    """Train with the script that the Args are of; -> rows of metrics."""
+    sys.modules[type(args).__module__].main(args)
     return [json.loads(line) for line in open(f"{args.output_dir}/metrics.jsonl")]
 
 

@@ -1,12 +1,13 @@
 """rm_kwise.py against hand values, enumeration and plain loops, and learning on the toy."""
 
+import functools
 import itertools
-import json
 import math
 
 import pytest
+import test_rm_bt
 import torch
-from test_rm_bt import RANKED, TOY, fresh_model, learned, reward_of, write
+from test_rm_bt import RANKED, TOY, fresh_model, learned, reward_of, run
 
 import common
 import rm_bt
@@ -15,18 +16,7 @@ import rm_kwise
 STRICT = [RANKED[0], RANKED[1], RANKED[2] | {"ranks": [3, 0, 1, 2]}]
 
 
-def tiny_args(tmp_path, rows, **changes):
-    values = rm_kwise.TOY | dict(
-        model=str(TOY), dataset=write(tmp_path / "rows.jsonl", rows), eval_dataset="", eval_size=0,
-        output_dir=str(tmp_path / "run"), device="cpu", num_epochs=1, batch_size=3,
-        lr_schedule="constant", warmup_ratio=0.0, max_length=64,
-    )  # fmt: skip
-    return rm_kwise.Args(**values | changes)
-
-
-def run(args):
-    rm_kwise.main(args)
-    return [json.loads(line) for line in open(f"{args.output_dir}/metrics.jsonl")]
+tiny_args = functools.partial(test_rm_bt.tiny_args, script=rm_kwise)
 
 
 def loss_of(*rows):
