@@ -103,7 +103,7 @@ def test_the_expected_gradient_is_the_same_under_every_baseline(baseline):
     logits = torch.tensor([0.3, -0.4], requires_grad=True)
     reward = torch.tensor([1.0, 5.0])
     true = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)[0]
-    expected, square = torch.zeros(2), 0.0
+    expected = torch.zeros(2)
     for a in (0, 1):
         for b in (0, 1):
             logps = logits.log_softmax(0)
@@ -117,11 +117,8 @@ def test_the_expected_gradient_is_the_same_under_every_baseline(baseline):
             loss = rr.reinforce_loss(logps[drawn][:, None], tokens, one)
             gradient = -torch.autograd.grad(loss, logits)[0]
             expected += chance * gradient
-            square += chance * (gradient**2).sum().item()
     share = 1 / 2 if baseline == "batch" else 1.0  # its own reward is half of the mean
     assert torch.allclose(expected, share * true, atol=1e-6)
-    if baseline == "rloo":
-        assert square < 3.0  # with none, 4.4: see the next test
 
 
 def test_a_baseline_lowers_the_variance():
