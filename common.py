@@ -267,13 +267,14 @@ def fixed_logps(model, batch, temperature=1.0, micro_batch_size=8, share_prompts
         logps[mb, :part.shape[1]] = part
     return logps
 
-def completion_scores(model, batch, share_prompts=True):
+def completion_scores(model, batch, share_prompts=True, before=False):
     """The classification head at each completion token -> (R, Tc, num_labels) float32.
-    A reward model reads the last token of the mask, a process reward model the step ends, a critic
-    all. Transformers' own pooling takes the last id that is not pad: wrong where pad is EOS.
+    A reward model reads the last token of the mask, a process reward model the step ends. before:
+    at the token before each, for a critic: the value of a state must not know the token chosen in
+    it. Transformers' own pooling takes the last id that is not pad: wrong where pad is EOS.
     config.reward_bias, which rm_*.py save as heads have no bias, is added."""
-    length = batch.completion_ids.shape[1]
-    hidden = _outputs(model, model.base_model, batch, length, share_prompts)[:, 1:]
+    length = batch.completion_ids.shape[1] - before
+    hidden = _outputs(model, model.base_model, batch, length, share_prompts)[:, 1 - before:]
     head = model.score if hasattr(model, "score") else model.classifier
     return head(hidden.float()) + getattr(model.config, "reward_bias", 0.0)
 

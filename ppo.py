@@ -1,0 +1,433 @@
+"""PPO, proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347), for language models.
+
+Read beside the RLHF Book (draft of January 2025; "Policy Gradient" in later editions):
+    token_rewards         8.1, the KL in the reward (kl_estimate in common.py)
+    gae                   11.1.4 and 11.2.2, advantages (Schulman et al. 2015, arXiv:1506.02438)
+    ppo_policy_loss       11.1.4 the objective, 11.2.2 the code, 11.2.2.1 eq. 11
+    ppo_value_loss        11.2.2
+    ptx_loss              8.2, pretraining gradients
+    AdaptiveKLController  11.3 (Ziegler et al. 2019, arXiv:1909.08593)
+    clip_frac, approx_kl  11.4
+
+Differs from the print:
+    1. 11.2.1 calls the ratio one to the reference model. It is one to the policy that sampled.
+    2. 11.2.2 uses reward - value, of no return, for the advantage, regresses the value on the
+       reward, and takes means over padding. Here: GAE, returns, and the mask.
+    3. 11.4 has (difference)^2 / 2 for approx_kl. Here it is k3: unbiased.
+    4. The value of token t is read before it: a baseline that has seen the token is biased.
+
+    python ppo.py                                                      # the toy, in two minutes
+    python ppo.py --reward-model runs/rm_bt/final
+    python ppo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math_gsm8k_train.jsonl
+
+To use it elsewhere, copy this file and common.py.
+"""
+import random
+import re
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification,
+                          get_scheduler)
+
+from common import (Batch, Run, check_prompts, completion_logps, completion_scores, fixed_logps,
+                    generate, hold_out, kl_estimate, load_model, load_reward, load_rows,
+                    load_tokenizer, masked_mean, pad, parse_args, pick_device, stop, update)
+
+@dataclass
+class Args:
+    model: str
+    """policy to train: a folder or a name on the hub"""
+    dataset: str
+    """JSON Lines or owner/name:split of the hub: `prompt`, `answer` or what your reward reads"""
+    eval_dataset: str = ""
+    """held-out rows in the same form; empty: --eval-size prompts are taken out of --dataset"""
+    output_dir: str = "runs/ppo"
+    """folder of the run: args, metrics, samples, curves, checkpoint and the final model"""
+    resume: bool = False
+    """go on from the checkpoint in --output-dir, with the same flags"""
+    overwrite: bool = False
+    """replace the run in --output-dir"""
+    seed: int = 0
+    """seed of the data's order and of sampling"""
+    device: str = "auto"
+    """torch device; auto: cuda, else mps, else cpu"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
+    share_prompts: bool = True
+    """compute a prompt once for all of its completions: same result, less work"""
+
+    reward: str = "verifier"
+    """verifier: 1 if the last number is `answer`; or FILE.py:function, called with the lists
+    prompts, completions, rows and returning a number for each"""
+    reward_model: str = ""
+    """folder of a reward model, used in place of --reward"""
+
+    critic_model: str = ""
+    """what the critic starts from, with the policy's vocabulary; empty: --reward-model, or the
+    policy. Where that has no head, the critic's is 0"""
+    missing_eos_penalty: float = 1.0
+    """a completion cut off at --max-new-tokens is not scored: it gets minus this (N+: 1)"""
+
+    num_steps: int = 200
+    """steps, each on new completions"""
+    num_prompts: int = 64
+    """P, prompts a step (N+: 512)"""
+    num_generations: int = 1
+    """G, completions a prompt"""
+    max_new_tokens: int = 256
+    """longest completion, in tokens"""
+    temperature: float = 1.0
+    """of sampling, and of the log-probs (N+: 0.7)"""
+    num_epochs: int = 4
+    """passes over a step's completions, in a new order each (N+: 4)"""
+    num_minibatches: int = 1
+    """gradient steps a pass; with one pass and one of these the ratio is 1 and nothing clips"""
+    micro_batch_size: int = 8
+    """completions a forward pass; changes the memory, not the gradient"""
+
+    learning_rate: float = 3e-6
+    """peak of the policy's AdamW, eps 1e-5 (N+: 3e-6)"""
+    critic_learning_rate: float = 3e-6
+    """the same of the critic"""
+    critic_warmup: int = 0
+    """first steps, in which only the critic learns"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """how the learning rate changes: as it is, or down to 0"""
+    max_grad_norm: float = 1.0
+    """largest norm of the gradient; longer ones are scaled down to it"""
+    gamma: float = 1.0
+    """discount a token"""
+    lam: float = 0.95
+    """lambda of GAE: 1 Monte Carlo returns, 0 one-step TD (N+: 0.95)"""
+    whiten_advantages: bool = True
+    """give the advantages of a step's tokens mean 0 and variance 1"""
+    clip_eps: float = 0.2
+    """epsilon: the ratio is clipped to 1 - eps .. 1 + eps"""
+    clip_eps_value: float = 0.2
+    """how far a value may go from the one in the rollout before its loss is clipped"""
+    vf_coef: float = 0.1
+    """weight of the value loss (N+: 0.1)"""
+    beta: float = 0.05
+    """weight of the KL (k1, a token) in the reward (N+: 0.05); 0: no reference model is loaded"""
+    kl_target: float = 0.0
+    """nats a completion to which beta adapts (Ziegler 2019: 6); 0: beta is fixed"""
+    kl_horizon: float = 10000.0
+    """completions in which beta can change about e-fold, at 100 % error (Ziegler 2019: 10000)"""
+    pretrain_dataset: str = ""
+    """JSON Lines with `text`, for --ptx-coef"""
+    ptx_coef: float = 0.0
+    """weight of the pretraining loss, a mean over tokens (InstructGPT: 27.8, a sum in its terms)"""
+    ptx_batch_size: int = 8
+    """texts a gradient step, each cut to --ptx-length tokens"""
+    ptx_length: int = 256
+    """tokens of a text"""
+
+    eval_size: int = 64
+    """held-out prompts: the first of --eval-dataset, or a tenth of --dataset at most; 0: none"""
+    eval_every: int = 50
+    """steps between evaluations; there is one before the first and one after the last step"""
+    checkpoint_every: int = 50
+    """steps between checkpoints"""
+    log_samples: int = 4
+    """completions a step that go into samples.jsonl"""
+
+TOY = dict(model="toy/model", dataset="toy/problems_train.jsonl",
+           eval_dataset="toy/problems_test.jsonl", eval_size=500, eval_every=20, num_steps=40,
+           num_prompts=256, num_epochs=2, num_minibatches=2, max_new_tokens=48,
+           micro_batch_size=128, learning_rate=2e-4, critic_learning_rate=1e-3,
+           lr_schedule="linear", beta=0.01)
+
+# --- The algorithm --------------------------------------------------------------------------------
+
+def token_rewards(scores, kl, mask, beta):
+    """Scores (R,) of completions and the KL (R, T) of their tokens -> rewards (R, T). Book 8.1.
+
+    -beta KL at every token, and the score at the last, which ended the completion or was cut off
+    after: never at padding.
+    """
+    last = mask & (mask.sum(1, keepdim=True) == mask.cumsum(1))
+    return (scores[:, None] * last - beta * kl) * mask
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """Rewards and values (R, T) -> advantages, returns (R, T), 0 in padding. Book 11.1.4.
+
+    delta_t = r_t + gamma V_{t+1} - V_t, A_t = sum_l (gamma lam)^l delta_{t+l}, return = A + V.
+    V_t is the value before token t; after the last token there is none: 0.
+    """
+    values = values * mask  # so that V is 0 after the last token
+    advantages, later = torch.zeros_like(values), 0.0
+    for t in reversed(range(values.shape[1])):
+        next_value = values[:, t + 1] if t + 1 < values.shape[1] else 0.0
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        later = (delta + gamma * lam * later) * mask[:, t]
+        advantages[:, t] = later
+    return advantages, advantages + values
+
+
+def whiten(x, mask):
+    """x (R, T) with mean 0 and variance 1 over the mask; 0 in padding."""
+    x = x - masked_mean(x, mask)
+    return x * (masked_mean(x**2, mask) + 1e-8).rsqrt() * mask
+
+
+def ppo_policy_loss(logps, old_logps, advantages, weights, clip_eps):
+    """All (R, T) -> loss, and where the clip is active (R, T). Book 11.1.4, 11.2.2.
+
+    Per token: -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), ratio = pi / pi_old.
+    With old_logps = logps.detach(), the ratio is 1 and its gradient that of log pi: eq. 11.
+    weights: mask / its sum over the whole minibatch, so that micro-batches add up.
+    """
+    ratio = torch.exp(logps - old_logps)
+    pg_losses1 = -advantages * ratio
+    pg_losses2 = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    return (weights * torch.max(pg_losses1, pg_losses2)).sum(), pg_losses2 > pg_losses1
+
+
+def ppo_value_loss(values, old_values, returns, weights, clip_eps_value):
+    """All (R, T) -> loss. Book 11.2.2: 0.5 max((V - R)^2, (clip(V, V_old +- eps) - R)^2)."""
+    clipped = old_values + (values - old_values).clamp(-clip_eps_value, clip_eps_value)
+    return 0.5 * (weights * torch.max((values - returns)**2, (clipped - returns)**2)).sum()
+
+
+def ptx_loss(logps, mask):
+    """Log-probs (N, T) of pretraining text -> loss: -log pi, the mean over tokens. Book 8.2."""
+    return -masked_mean(logps, mask)
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(return - V) / Var(return) over the mask: 1 for a perfect critic, 0 for a constant."""
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask))**2, mask)
+    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
+
+
+class AdaptiveKLController:
+    """beta, moved so that the KL comes to target. Book 11.3; Ziegler et al. 2019, 2.2."""
+    def __init__(self, beta, target, horizon):
+        self.beta, self.target, self.horizon = beta, target, horizon
+
+    def update(self, kl, num_completions):
+        """kl: nats a completion, the mean over these. Without a target beta stays."""
+        if self.target:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.beta *= 1 + error * num_completions / self.horizon
+
+    def state_dict(self):
+        """What a checkpoint keeps."""
+        return {"beta": self.beta}
+
+    def load_state_dict(self, state):
+        """The same, back."""
+        self.beta = state["beta"]
+
+# --- The task: change this for your own -----------------------------------------------------------
+
+def verifier(prompts, completions, rows):
+    """1.0 where the last number of the completion equals the row's `answer`, else 0.0."""
+    rewards = []
+    for text, row in zip(completions, rows, strict=True):
+        last = (re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) or ["nan"])[-1]
+        answer = str(row["answer"]).replace(",", "")
+        rewards.append(float(float(last.replace(",", "")) == float(answer)))
+    return rewards
+
+# --- Training -------------------------------------------------------------------------------------
+
+def load_critic(args, tokenizer, device):
+    """A model with one number a token; its head is 0 where there was none."""
+    path = args.critic_model or args.reward_model or args.model
+    if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
+        stop(f"{path} has another vocabulary than the policy: give a --critic-model that has it")
+    critic = load_model(AutoModelForTokenClassification, path, device, args.dtype,
+                        args.gradient_checkpointing, new_head=1)
+    if "ForCausalLM" in str(AutoConfig.from_pretrained(path).architectures):
+        for p in (critic.score if hasattr(critic, "score") else critic.classifier).parameters():
+            p.data.zero_()
+    return critic
+
+
+@torch.no_grad()
+def fixed_values(critic, batch, micro_batch_size, share_prompts):
+    """Values before each completion token, without gradient, in micro-batches -> (R, T)."""
+    values = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
+    for mb in batch.split(micro_batch_size):
+        part = completion_scores(critic, batch.rows(mb), share_prompts, before=True)[..., 0]
+        values[mb, :part.shape[1]] = part
+    return values
+
+
+def encode_texts(tokenizer, texts, max_length):
+    """Texts -> Batch with the first token of each as its prompt, the next ones as completion."""
+    ids = [tokenizer(text)["input_ids"][:max_length] for text in texts]
+    return Batch(*pad([i[:1] for i in ids], "left"), *pad([i[1:] for i in ids], "right"),
+                 torch.arange(len(ids)))
+
+
+def evaluate(policy, tokenizer, score, rows, args):
+    """Mean reward of the greedy completions of the rows' prompts: with the verifier, accuracy."""
+    values, size = [], args.num_prompts * args.num_generations
+    for part in (rows[i:i + size] for i in range(0, len(rows), size)):
+        prompts = [row["prompt"] for row in part]
+        texts = generate(policy, tokenizer, prompts, 1, args.max_new_tokens, temperature=0)[1]
+        values += score(prompts, texts, part)
+    return torch.tensor(values).mean()
+
+
+def main(args: Args):
+    run = Run(args)
+    torch.manual_seed(args.seed)
+    random.seed(args.seed)
+    G, device = args.num_generations, pick_device(args.device)
+    if not args.temperature:
+        stop("--temperature 0: completions must be sampled")
+    verified = args.reward == "verifier" and not args.reward_model
+    columns = ("prompt", "answer") if verified else ("prompt",)
+    rows = load_rows(args.dataset, *columns)
+    if args.eval_dataset:
+        eval_rows = load_rows(args.eval_dataset, *columns)[:args.eval_size]
+    else:
+        rows, eval_rows = hold_out(rows, args.eval_size, args.seed)
+    score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype,
+                        args.micro_batch_size)
+    tokenizer = load_tokenizer(args.model)
+    policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype,
+                        args.gradient_checkpointing)
+    ref = load_model(AutoModelForCausalLM, args.model, device, args.dtype) if args.beta else None
+    critic = load_critic(args, tokenizer, device)
+    texts = [row["text"] for row in load_rows(args.pretrain_dataset, "text")
+             if len(tokenizer(row["text"])["input_ids"]) > 1] if args.ptx_coef else []
+    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
+    updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions
+    num_updates = updates * args.num_steps
+    optimizer, critic_optimizer = (
+        torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0)
+        for model, lr in ((policy, args.learning_rate), (critic, args.critic_learning_rate)))
+    scheduler = get_scheduler(args.lr_schedule, optimizer, 0,
+                              max(1, num_updates - updates * args.critic_warmup))
+    critic_scheduler = get_scheduler(args.lr_schedule, critic_optimizer, 0, num_updates)
+    controller = AdaptiveKLController(args.beta, args.kl_target, args.kl_horizon)
+    run.begin({"policy": policy, "optimizer": optimizer, "scheduler": scheduler, "critic": critic,
+               "critic_optimizer": critic_optimizer, "critic_scheduler": critic_scheduler,
+               "controller": controller}, args.num_steps)
+
+    def report():
+        if eval_rows:
+            name = "eval_accuracy" if verified else "eval_reward"
+            run.log({name: evaluate(policy, tokenizer, score, eval_rows, args)}, name)
+
+    if run.step == 0:
+        report()
+    for step in run.steps():
+        start = time.time()
+        # 1. Sample G completions of each of P prompts, and score them
+        drawn = random.Random(f"{args.seed} {step}").sample(rows, min(args.num_prompts, len(rows)))
+        batch, texts, ended = generate(policy, tokenizer, [row["prompt"] for row in drawn], G,
+                                       args.max_new_tokens, args.temperature)
+        of_each = [row for row in drawn for _ in range(G)]
+        prompts = [row["prompt"] for row in of_each]
+        values = score(prompts, texts, of_each)
+        if any(isinstance(v, list) for v in values):
+            stop("the reward gave a list for a completion; it needs one number")
+        scores = torch.tensor(values, device=device)
+        scores[~ended] = -args.missing_eos_penalty
+        mask, (R, T) = batch.completion_mask, batch.completion_ids.shape
+
+        # 2. Log-probs under the reference, and under the policy that sampled. With one gradient
+        #    step and no KL these are the training forward's own values (eq. 11): no extra pass.
+        ref_logps, policy_logps = torch.zeros(2, R, T, device=device)
+        fixed = (args.temperature, args.micro_batch_size, args.share_prompts)
+        if args.beta:
+            ref_logps = fixed_logps(ref, batch, *fixed)
+        if args.beta or updates > 1 or step <= args.critic_warmup:
+            policy_logps = fixed_logps(policy, batch, *fixed)
+        kl, beta = kl_estimate(policy_logps, ref_logps, "k1"), controller.beta  # 0 in padding
+
+        # 3. Rewards, values, advantages and returns of the tokens (R, T)
+        rewards = token_rewards(scores, kl, mask, beta)
+        old_values = fixed_values(critic, batch, args.micro_batch_size, args.share_prompts)
+        advantages, returns = gae(rewards, old_values, mask, args.gamma, args.lam)
+        if args.whiten_advantages:  # not before the returns: the critic learns those as they are
+            advantages = whiten(advantages, mask)
+
+        # 4. Gradient steps of the policy and of the critic
+        pg_losses, vf_losses, ptx_losses, clipped, kl_old, grad_norm = [], [], [], 0.0, 0.0, 0.0
+        for _ in range(args.num_epochs):
+            order = torch.randperm(R) if updates > 1 else torch.arange(R)
+            for index in order.to(device).tensor_split(args.num_minibatches):
+                weights, pg_loss, vf_loss = mask[index] / mask[index].sum(), 0.0, 0.0
+                for i in range(0, len(index), args.micro_batch_size):
+                    mb = index[i:i + args.micro_batch_size]
+                    part = batch.rows(mb)
+                    t = part.completion_ids.shape[1]  # the longest of these
+                    w = weights[i:i + args.micro_batch_size, :t]
+                    values = completion_scores(critic, part, args.share_prompts, before=True)
+                    mb_loss = ppo_value_loss(values[..., 0], old_values[mb, :t], returns[mb, :t],
+                                             w, args.clip_eps_value)
+                    (args.vf_coef * mb_loss).backward()
+                    vf_loss += mb_loss.item()
+                    if step <= args.critic_warmup:
+                        continue
+                    logps = completion_logps(policy, part, args.temperature, args.share_prompts)
+                    if updates == 1:
+                        policy_logps[mb, :t] = logps.detach()
+                    mb_loss, active = ppo_policy_loss(logps, policy_logps[mb, :t],
+                                                      advantages[mb, :t], w, args.clip_eps)
+                    mb_loss.backward()
+                    pg_loss += mb_loss.item()
+                    clipped += (active & part.completion_mask).sum().item()
+                    kl_old += kl_estimate(policy_logps[mb, :t], logps.detach(), "k3").sum().item()
+                update(critic_optimizer, critic_scheduler, vf_loss, args.max_grad_norm)
+                vf_losses.append(vf_loss)
+                if step <= args.critic_warmup:
+                    continue
+                if texts:
+                    part = random.Random(f"{args.seed} {step} {len(vf_losses)}").choices(
+                        texts, k=args.ptx_batch_size)
+                    part = encode_texts(tokenizer, part, args.ptx_length).to(device)
+                    mb_loss = ptx_loss(completion_logps(policy, part), part.completion_mask)
+                    (args.ptx_coef * mb_loss).backward()
+                    ptx_losses.append(mb_loss.item())
+                lr = scheduler.get_last_lr()[0]
+                grad_norm = update(optimizer, scheduler, pg_loss, args.max_grad_norm)
+                pg_losses.append(pg_loss)
+        controller.update(kl.sum(1).mean().item(), R)
+
+        # 5. Log
+        num_tokens = mask.sum().item()
+        metrics = {
+            "reward": scores.mean(), "reward_std": scores.std(correction=0),
+            "ended": ended.float().mean(), "completion_length": num_tokens / R,
+            "entropy": -masked_mean(policy_logps, mask),  # E[-log pi], from the tokens sampled
+            "value_loss": sum(vf_losses) / updates, "value": masked_mean(old_values, mask),
+            "explained_variance": explained_variance(old_values, returns, mask),
+            "tokens_per_second": num_tokens / (time.time() - start)}
+        if pg_losses:
+            metrics |= {
+                "loss": sum(pg_losses) / updates, "grad_norm": grad_norm, "lr": lr,
+                "clip_frac": clipped / num_tokens / args.num_epochs,
+                "approx_kl": kl_old / num_tokens / args.num_epochs}
+        if ptx_losses:
+            metrics["ptx_loss"] = sum(ptx_losses) / updates
+        if args.beta:
+            metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask),
+                        "beta": beta}
+        if not verified and "answer" in drawn[0]:
+            metrics["gold_reward"] = torch.tensor(verifier(prompts, texts, of_each)).mean()
+        run.log(metrics, "reward", "kl", "completion_length")
+        run.samples(*(x[:args.log_samples] for x in (prompts, texts, scores.tolist())))
+        if metrics["ended"] < 0.8:
+            warnings.warn("over 20 % of completions ran into --max-new-tokens", stacklevel=2)
+        if step % args.eval_every == 0 or step == args.num_steps:
+            report()
+    run.finish(tokenizer, {"final": policy, "critic": critic})
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, TOY))
