@@ -255,12 +255,12 @@ def load_critic(args, tokenizer, device):
 
 @torch.no_grad()
 def fixed_values(critic, batch, micro_batch_size, share_prompts):
-    """Values before each completion token, without gradient, in micro-batches -> (R, T)."""
+    """Values before each completion token, without gradient, in micro-batches -> (R, T), 0 in padding."""
     values = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
     for mb in batch.split(micro_batch_size):
         part = completion_scores(critic, batch.rows(mb), share_prompts, before=True)[..., 0]
         values[mb, :part.shape[1]] = part
-    return values
+    return values * batch.completion_mask
 
 
 def encode_texts(tokenizer, texts, max_length):
