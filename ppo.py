@@ -255,7 +255,7 @@ def load_critic(args, tokenizer, device):
 
 @torch.no_grad()
 def fixed_values(critic, batch, micro_batch_size, share_prompts):
-    """Values before each completion token, without gradient, in micro-batches -> (R, T), 0 in padding."""
+    """Values before each completion token, without gradient, in micro-batches -> (R, T)."""
     values = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
     for mb in batch.split(micro_batch_size):
         part = completion_scores(critic, batch.rows(mb), share_prompts, before=True)[..., 0]
