@@ -1,132 +1,25 @@
-"""What the scripts share: batches, generation, log-probs, KL, rewards, and the folder of a run.
+"""What the scripts share: batched generation, log-probs and KL, and what loads models and rewards.
 
 One layout serves every chapter: P prompts, each with a group of completions, R completions in all.
 Prompts are padded on the left and completions on the right, so that a prompt ends where each of its
 completions begins, and is computed once for all of them. Bad input ends the program with one line.
 """
 import contextlib
-import json
+import inspect
 import math
-import os
-import random
 import runpy
-import shutil
-import sys
-import time
-import traceback
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import transformers
-import tyro
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-ROOT = Path(__file__).resolve().parent
+from plumbing import (ROOT, Run, hold_out, load_rows, parse_args, stop,  # noqa: F401
+                      stop_on_error)  # for the scripts: one place to import from
+
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # load_model says itself what is missing
-
-def stop(message):
-    """Raise SystemExit: `message` as one line on stderr, exit code 1."""
-    raise SystemExit(f"{Path(sys.argv[0]).name}: " + " ".join(str(message).split())[:500])
-
-@contextlib.contextmanager
-def stop_on_error(saying):
-    """Turn an exception into one line: `saying`, what it was, and where."""
-    try:
-        yield
-    except Exception as e:
-        at = traceback.extract_tb(e.__traceback__)[-1]
-        stop(f"{saying} ({type(e).__name__}: {e}; {Path(at.filename).name}:{at.lineno})")
-
-def parse_args(Args, toy):
-    """Command line -> Args. Without --model the defaults are `toy`; paths in it count from here."""
-    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in toy.items())
-    toy = {k: str(ROOT / v) if str(v).startswith("toy/") else v for k, v in toy.items()}
-    given = {a.split("=")[0] for a in sys.argv[1:]}
-    default = None if given & {"--model", "--help", "-h"} else Args(**toy)
-    return tyro.cli(Args, default=default, description=f"Without --model the defaults are: {flags}")
-
-# --- Data and models ------------------------------------------------------------------------------
-
-def load_rows(path, *columns):
-    """JSON Lines file, or `owner/name:split` of the hub (needs `datasets`) -> list of dicts.
-    columns: what no row may lack or leave empty; a tuple names alternatives."""
-    rows, lines = [], Path(path).read_bytes().splitlines() if Path(path).is_file() else None
-    if lines is None:
-        with stop_on_error(f"{path}: no such file (the hub needs `datasets`)"):
-            from datasets import load_dataset
-            name, _, split = path.partition(":")
-            lines = [json.dumps(row) for row in load_dataset(name, split=split or "train")]
-    for where, line in [(f"{path}, line {n}", x) for n, x in enumerate(lines, 1) if x.strip()]:
-        with stop_on_error(f"{where}: no JSON object; it needs one a line"):
-            rows.append(row := {**json.loads(line)})
-        for names in [(c,) if isinstance(c, str) else c for c in columns]:
-            value = next((row[name] for name in names if row.get(name) is not None), "")
-            if value == [] or not str(value).strip():
-                stop(f"{where}: no {' or '.join(names)}, or an empty one; it has {', '.join(row)}")
-    return rows or stop(f"{path}: no rows")
-
-def hold_out(rows, num_prompts, seed):
-    """Rows -> (train, held out), by prompt, so that none is on both sides; at most a tenth."""
-    keys = [str(row.get("prompt") or row["messages"][0]) for row in rows]
-    prompts = sorted(set(keys))
-    held = set(random.Random(seed).sample(prompts, min(num_prompts, len(prompts) // 10)))
-    sides = [], []
-    for row, key in zip(rows, keys, strict=True):
-        sides[key in held].append(row)
-    return sides
-
-def pick_device(device="auto"):
-    """auto -> cuda, else mps, else cpu."""
-    found = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
-    with stop_on_error(f"--device {device}"):
-        return torch.empty(0, device=found[0] if device == "auto" else device).device
-
-def load_tokenizer(path):
-    """Tokenizer of a model folder or hub name; one without an EOS is refused."""
-    with stop_on_error(f"{path}: no tokenizer there, in a model folder or on the hub"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    if tokenizer.eos_token_id is None:
-        stop(f"{path}: its tokenizer has no EOS, so no completion could end; set its eos_token")
-    return tokenizer
-
-def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False,
-               new_head=0):
-    """Model of a Transformers auto class, from a folder or hub name, with float32 weights: in
-    bfloat16, updates at these learning rates would be rounded away. dtype: "bfloat16" runs forwards
-    in bfloat16 autocast, "auto" does so on cuda. new_head: labels of a head not there yet."""
-    with stop_on_error(f"{path}: no model there that {auto_class.__name__} loads"):
-        config = transformers.AutoConfig.from_pretrained(path)
-        config.num_labels = new_head or config.num_labels
-        for key, value in vars(config).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)  # else two forwards of one policy differ: no ratio is 1
-        if from_scratch:
-            model, missing = auto_class.from_config(config, dtype=torch.float32), []
-        else:
-            model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32,
-                                                     output_loading_info=True)
-            missing = [key for key in info["missing_keys"]
-                       if not (new_head and key.startswith(("score.", "classifier.")))]
-    if missing:  # Transformers only warns, and makes up random weights
-        stop(f"{path}: no weights for {', '.join(sorted(missing)[:3])} in it")
-    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
-    model.autocast_dtype, model.recompute = torch.bfloat16 if bfloat16 else None, checkpointing
-    model.context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(device).eval()
-
-def check_prompts(tokenizer, model, rows, max_new_tokens):
-    """Stop where a prompt is empty, or with its completion would not fit in the model's context."""
-    for row in rows:
-        length = len(encode_prompt(tokenizer, row["prompt"]))
-        if not 0 < length <= model.context - max_new_tokens:
-            stop(f"a prompt of {length} tokens with --max-new-tokens {max_new_tokens} does not fit "
-                 f"in the model's {model.context}: {str(row['prompt'])[:80]!r}")
 
 # --- Batches --------------------------------------------------------------------------------------
 
@@ -224,10 +117,12 @@ def _call(model, net, ids, mask, cache=None, keep=0):
         model.train(torch.is_grad_enabled())  # else layers neither checkpoint nor fill a cache
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # left padding does not count
     options = {"logits_to_keep": keep} if net is model else {}
+    known = inspect.signature(net.forward).parameters  # Transformers 5.x renamed this one
+    options["cache" if "cache" in known else "past_key_values"] = cache
     dtype = getattr(model, "autocast_dtype", None)
     with torch.autocast(ids.device.type, dtype) if dtype else contextlib.nullcontext():
         return net(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
-                   past_key_values=cache, use_cache=cache is not None, **options)[0]
+                   use_cache=cache is not None, **options)[0]
 
 def _prompt_cache(model, net, batch):
     # Each prompt once, repeated for its completions; less its last token, which each of them feeds.
@@ -327,7 +222,7 @@ def generate(model, tokenizer, prompts, num_generations, max_new_tokens, tempera
     ids = [batch.completion_ids[i, m].tolist() for i, m in enumerate(batch.completion_mask)]
     return batch, tokenizer.batch_decode(ids, skip_special_tokens=True), ended
 
-# --- KL, optimiser, rewards -----------------------------------------------------------------------
+# --- KL and means ---------------------------------------------------------------------------------
 
 def kl_estimate(logps, ref_logps, kind):
     """Estimate of KL(pi || pi_ref) at tokens sampled from pi, in nats, same shape (book 8.1).
@@ -346,6 +241,57 @@ def exact_kl(logits, ref_logits):
 def masked_mean(x, mask, dim=None):
     """Mean of x where mask is True, over `dim` or over all; 0 where nothing is."""
     return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
+
+# --- Models, gradient steps and rewards -----------------------------------------------------------
+
+def pick_device(device="auto"):
+    """auto -> cuda, else mps, else cpu."""
+    found = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    with stop_on_error(f"--device {device}"):
+        return torch.empty(0, device=found[0] if device == "auto" else device).device
+
+def load_tokenizer(path):
+    """Tokenizer of a model folder or hub name; one without an EOS is refused."""
+    with stop_on_error(f"{path}: no tokenizer there, in a model folder or on the hub"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        stop(f"{path}: its tokenizer has no EOS, so no completion could end; set its eos_token")
+    return tokenizer
+
+def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False,
+               new_head=0):
+    """Model of a Transformers auto class, from a folder or hub name, with float32 weights: in
+    bfloat16, updates at these learning rates would be rounded away. dtype: "bfloat16" runs forwards
+    in bfloat16 autocast, "auto" does so on cuda. new_head: labels of a head not there yet."""
+    with stop_on_error(f"{path}: no model there that {auto_class.__name__} loads"):
+        config = transformers.AutoConfig.from_pretrained(path)
+        config.num_labels = new_head or config.num_labels
+        for key, value in vars(config).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)  # else two forwards of one policy differ: no ratio is 1
+        if from_scratch:
+            model, missing = auto_class.from_config(config, dtype=torch.float32), []
+        else:
+            model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32,
+                                                     output_loading_info=True)
+            missing = [key for key in info["missing_keys"]
+                       if not (new_head and key.startswith(("score.", "classifier.")))]
+    if missing:  # Transformers only warns, and makes up random weights
+        stop(f"{path}: no weights for {', '.join(sorted(missing)[:3])} in it")
+    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
+    model.autocast_dtype, model.recompute = torch.bfloat16 if bfloat16 else None, checkpointing
+    model.context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(device).eval()
+
+def check_prompts(tokenizer, model, rows, max_new_tokens):
+    """Stop where a prompt is empty, or with its completion would not fit in the model's context."""
+    for row in rows:
+        length = len(encode_prompt(tokenizer, row["prompt"]))
+        if not 0 < length <= model.context - max_new_tokens:
+            stop(f"a prompt of {length} tokens with --max-new-tokens {max_new_tokens} does not fit "
+                 f"in the model's {model.context}: {str(row['prompt'])[:80]!r}")
 
 def update(optimizer, scheduler, loss, max_grad_norm):
     """One step on the gradients that stand in the parameters -> their norm before clipping."""
@@ -441,127 +387,3 @@ def solution_score(step_probs, step_mask, how):
         probs = step_probs.masked_fill(~step_mask, 1.0)
         scores = {"product": probs.prod(1), "minimum": probs.min(1).values}[how]
     return scores * step_mask.any(1)
-
-# --- The folder of a run --------------------------------------------------------------------------
-
-class Run:
-    """args.json, metrics.jsonl, samples.jsonl, curves.png, checkpoint/, final/, and the progress.
-    Nothing is written before `begin`. What is replaced is replaced in one move: a run killed at any
-    moment, or on a full disk, has the old file or the new one."""
-
-    def __init__(self, args):
-        self.args, self.folder, self.step = args, Path(args.output_dir), 0
-        old = self.folder / "args.json"
-        for name, value in vars(args).items():
-            count = name.startswith(("num_", "max_", "micro_", "batch_")) or name.endswith("_every")
-            least = int(count and isinstance(value, int))
-            if isinstance(value, int | float) and value < least:
-                stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-        if self.folder.exists() and not (old.exists() and (args.resume or args.overwrite)):
-            stop(f"{self.folder} exists: use --resume or --overwrite, or another --output-dir")
-        if args.resume:
-            with stop_on_error(f"--resume: no run in {self.folder}"):
-                old = json.loads(old.read_text())
-            for key, value in vars(args).items():
-                if old.get(key) != value and key not in ("resume", "overwrite", "num_steps"):
-                    stop(f"--resume: {self.folder} began with {key} {old.get(key)}, not {value}")
-
-    def begin(self, parts, num_steps):
-        """Make the folder, or load its checkpoint into parts, {name: model, optimiser, ...}."""
-        self.parts, self.num_steps, self.start = parts, num_steps, time.time()
-        path, state = self.folder / "checkpoint" / "state.pt", {"sizes": {}}
-        if not self.args.resume:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            text = json.dumps(vars(self.args), indent=1)
-            self._replace("args.json", lambda new: new.write_text(text))
-        elif path.exists():
-            with stop_on_error(f"--resume: cannot read {path}"):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            torch.set_rng_state(state["torch"])
-            torch.cuda.set_rng_state_all(state["cuda"])
-            random.setstate(state["random"])
-            self.step, self.start = state["step"], time.time() - state["seconds"]
-        for path in self.folder.glob("*.jsonl"):  # what came after the checkpoint comes again
-            os.truncate(path, state["sizes"].get(path.name, 0))
-
-    def steps(self):
-        """The numbers of the steps still to do; a checkpoint after every --checkpoint-every."""
-        quiet = not sys.stderr.isatty()
-        with tqdm(total=self.num_steps, initial=self.step, disable=quiet) as self.bar:
-            while self.step < self.num_steps:
-                self.step += 1
-                yield self.step
-                self.bar.update()
-                if self.step % self.args.checkpoint_every == 0:
-                    self.checkpoint()
-
-    def log(self, metrics, *show):
-        """A row of metrics.jsonl; `show` names the figures of the progress bar or printed lines."""
-        row = {k: float(f"{float(v):.6g}") for k, v in metrics.items() if math.isfinite(v)}
-        row |= {"step": self.step, "seconds": round(time.time() - self.start, 3)}
-        self._append("metrics.jsonl", row)
-        figures = {k: f"{row[k]:.4g}" for k in show if k in row}
-        if sys.stderr.isatty() and self.step:
-            self.bar.set_postfix(figures)
-        elif self.step % max(1, self.num_steps // 20) == 0 or "eval" in str(show):
-            print(f"step {self.step}/{self.num_steps}", *map(" ".join, figures.items()), sep="  ")
-
-    def samples(self, prompts, completions, rewards=()):
-        """Rows of samples.jsonl: what a person should read now and then."""
-        for p, c, r in zip(prompts, completions, rewards or [None] * len(prompts), strict=True):
-            row = {"step": self.step, "prompt": p, "completion": c, "reward": r}
-            self._append("samples.jsonl", row)
-
-    def checkpoint(self):
-        """Save the parts, the random states and the step, so that --resume goes on bit for bit."""
-        state = {name: part.state_dict() for name, part in self.parts.items()} | {
-            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
-            "random": random.getstate(), "step": self.step, "seconds": time.time() - self.start,
-            "sizes": {p.name: p.stat().st_size for p in self.folder.glob("*.jsonl")}}
-        self._replace("checkpoint/state.pt", lambda new: torch.save(state, new))
-
-    def finish(self, tokenizer, models):
-        """Save {folder name: model} with the tokenizer, for `from_pretrained`; draw curves.png."""
-        self.checkpoint()
-        for name, model in models.items():
-            self._replace(name, lambda new, model=model: [
-                part.save_pretrained(new) for part in (model, tokenizer)])
-            print(f"saved {self.folder / name} after {time.time() - self.start:.0f} s")
-        with contextlib.suppress(ImportError):  # no matplotlib, no picture
-            self._plot()
-
-    def histogram(self, values):
-        """reward_histogram.png of {label: numbers (N,)}, where matplotlib is there."""
-        with contextlib.suppress(ImportError):
-            from matplotlib.figure import Figure
-            figure = Figure(figsize=(5, 3), layout="constrained")
-            axes = figure.add_subplot(xlabel="score", ylabel="held-out completions")
-            axes.hist([*values.values()], bins=30, label=[*values], stacked=True)
-            axes.legend()
-            figure.savefig(self.folder / "reward_histogram.png")
-
-    def _append(self, name, row):
-        with stop_on_error(f"cannot write {self.folder / name}"):
-            with open(self.folder / name, "a") as f:
-                f.write(json.dumps(row) + "\n")
-
-    def _replace(self, name, write):
-        path, new = self.folder / name, self.folder / f"{name}.new"
-        with stop_on_error(f"cannot write {path}; what was there is left"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(new)
-            if path.is_dir():
-                shutil.rmtree(path)
-            os.replace(new, path)
-
-    def _plot(self):
-        from matplotlib.figure import Figure
-        rows = [json.loads(line) for line in open(self.folder / "metrics.jsonl")]
-        names = sorted({k for row in rows for k in row} - {"step", "seconds"})
-        figure = Figure(figsize=(14, 2.5 * math.ceil(len(names) / 4)), layout="constrained")
-        for i, name in enumerate(names, 1):
-            axes = figure.add_subplot(math.ceil(len(names) / 4), 4, i, title=name)
-            axes.plot(*zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True))
-        figure.savefig(self.folder / "curves.png")

@@ -16,7 +16,7 @@ Differs from the print:
     python grpo.py                                                     # the toy, in two minutes
     python grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math_gsm8k_train.jsonl
 
-To use it elsewhere, copy this file and common.py.
+To use it elsewhere, copy this file, common.py and plumbing.py.
 """
 import random
 import re

@@ -20,7 +20,7 @@ Differs from the print:
     python ppo.py --reward-model runs/rm_bt/final
     python ppo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math_gsm8k_train.jsonl
 
-To use it elsewhere, copy this file and common.py.
+To use it elsewhere, copy this file, common.py and plumbing.py.
 """
 import random
 import re

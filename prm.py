@@ -17,7 +17,7 @@ The draft prints no formula for either. Choices it leaves open:
     python prm.py --supervision outcome --dataset toy/orm_train.jsonl  # by outcomes
     python prm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset prm_processbench_train.jsonl
 
-To use it elsewhere, copy this file and common.py.
+To use it elsewhere, copy this file, common.py and plumbing.py.
 """
 import copy
 import itertools

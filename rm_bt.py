@@ -15,7 +15,7 @@ Differs from the print:
     python rm_bt.py                                                    # the toy, in half a minute
     python rm_bt.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset pref_hh_harmless.jsonl
 
-To use it elsewhere, copy this file and common.py.
+To use it elsewhere, copy this file, common.py and plumbing.py.
 """
 import math
 import random

@@ -14,7 +14,7 @@ rm_bt.py trains on the same rows by their pairs (eq. 6), and reports the same fi
     python rm_kwise.py                                                 # the toy, in half a minute
     python rm_kwise.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset kwise_rankings.jsonl
 
-To use it elsewhere, copy this file and common.py.
+To use it elsewhere, copy this file, common.py and plumbing.py.
 """
 import math
 import random

@@ -11,7 +11,7 @@ The draft prints no formula here. Choices it leaves open:
     python sft.py                                    # the toy, from random weights
     python sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset train.jsonl
 
-To use it elsewhere, copy this file and common.py.
+To use it elsewhere, copy this file, common.py and plumbing.py.
 """
 
 import math

@@ -1,0 +1,195 @@
+"""What every script needs and no chapter explains: errors of one line, flags, rows, a run's folder.
+
+The scripts take these names from common.py. Nothing here knows of a model's inside or of a loss.
+"""
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import tyro
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+
+def stop(message):
+    """Raise SystemExit: `message` as one line on stderr, exit code 1."""
+    raise SystemExit(f"{Path(sys.argv[0]).name}: " + " ".join(str(message).split())[:500])
+
+@contextlib.contextmanager
+def stop_on_error(saying):
+    """Turn an exception into one line: `saying`, what it was, and where."""
+    try:
+        yield
+    except Exception as e:
+        at = traceback.extract_tb(e.__traceback__)[-1]
+        stop(f"{saying} ({type(e).__name__}: {e}; {Path(at.filename).name}:{at.lineno})")
+
+def parse_args(Args, toy):
+    """Command line -> Args. Without --model the defaults are `toy`; paths in it count from here."""
+    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in toy.items())
+    toy = {k: str(ROOT / v) if str(v).startswith("toy/") else v for k, v in toy.items()}
+    given = {a.split("=")[0] for a in sys.argv[1:]}
+    default = None if given & {"--model", "--help", "-h"} else Args(**toy)
+    return tyro.cli(Args, default=default, description=f"Without --model the defaults are: {flags}")
+
+# --- Rows -----------------------------------------------------------------------------------------
+
+def load_rows(path, *columns):
+    """JSON Lines file, or `owner/name:split` of the hub (needs `datasets`) -> list of dicts.
+    columns: what no row may lack or leave empty; a tuple names alternatives."""
+    rows, lines = [], Path(path).read_bytes().splitlines() if Path(path).is_file() else None
+    if lines is None:
+        with stop_on_error(f"{path}: no such file (the hub needs `datasets`)"):
+            from datasets import load_dataset
+            name, _, split = path.partition(":")
+            lines = [json.dumps(row) for row in load_dataset(name, split=split or "train")]
+    for where, line in [(f"{path}, line {n}", x) for n, x in enumerate(lines, 1) if x.strip()]:
+        with stop_on_error(f"{where}: no JSON object; it needs one a line"):
+            rows.append(row := {**json.loads(line)})
+        for names in [(c,) if isinstance(c, str) else c for c in columns]:
+            value = next((row[name] for name in names if row.get(name) is not None), "")
+            if value == [] or not str(value).strip():
+                stop(f"{where}: no {' or '.join(names)}, or an empty one; it has {', '.join(row)}")
+    return rows or stop(f"{path}: no rows")
+
+def hold_out(rows, num_prompts, seed):
+    """Rows -> (train, held out), by prompt, so that none is on both sides; at most a tenth."""
+    keys = [str(row.get("prompt") or row["messages"][0]) for row in rows]
+    prompts = sorted(set(keys))
+    held = set(random.Random(seed).sample(prompts, min(num_prompts, len(prompts) // 10)))
+    sides = [], []
+    for row, key in zip(rows, keys, strict=True):
+        sides[key in held].append(row)
+    return sides
+
+# --- The folder of a run --------------------------------------------------------------------------
+
+class Run:
+    """args.json, metrics.jsonl, samples.jsonl, curves.png, checkpoint/, final/, and the progress.
+    Nothing is written before `begin`. What is replaced is replaced in one move: a run killed at any
+    moment, or on a full disk, has the old file or the new one."""
+
+    def __init__(self, args):
+        self.args, self.folder, self.step = args, Path(args.output_dir), 0
+        old = self.folder / "args.json"
+        for name, value in vars(args).items():
+            count = name.startswith(("num_", "max_", "micro_", "batch_")) or name.endswith("_every")
+            least = int(count and isinstance(value, int))
+            if isinstance(value, int | float) and value < least:
+                stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        if self.folder.exists() and not (old.exists() and (args.resume or args.overwrite)):
+            stop(f"{self.folder} exists: use --resume or --overwrite, or another --output-dir")
+        if args.resume:
+            with stop_on_error(f"--resume: no run in {self.folder}"):
+                old = json.loads(old.read_text())
+            for key, value in vars(args).items():
+                if old.get(key) != value and key not in ("resume", "overwrite", "num_steps"):
+                    stop(f"--resume: {self.folder} began with {key} {old.get(key)}, not {value}")
+
+    def begin(self, parts, num_steps):
+        """Make the folder, or load its checkpoint into parts, {name: model, optimiser, ...}."""
+        self.parts, self.num_steps, self.start = parts, num_steps, time.time()
+        path, state = self.folder / "checkpoint" / "state.pt", {"sizes": {}}
+        if not self.args.resume:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            text = json.dumps(vars(self.args), indent=1)
+            self._replace("args.json", lambda new: new.write_text(text))
+        elif path.exists():
+            with stop_on_error(f"--resume: cannot read {path}"):
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state["torch"])
+            torch.cuda.set_rng_state_all(state["cuda"])
+            random.setstate(state["random"])
+            self.step, self.start = state["step"], time.time() - state["seconds"]
+        for path in self.folder.glob("*.jsonl"):  # what came after the checkpoint comes again
+            os.truncate(path, state["sizes"].get(path.name, 0))
+
+    def steps(self):
+        """The numbers of the steps still to do; a checkpoint after every --checkpoint-every."""
+        quiet = not sys.stderr.isatty()
+        with tqdm(total=self.num_steps, initial=self.step, disable=quiet) as self.bar:
+            while self.step < self.num_steps:
+                self.step += 1
+                yield self.step
+                self.bar.update()
+                if self.step % self.args.checkpoint_every == 0:
+                    self.checkpoint()
+
+    def log(self, metrics, *show):
+        """A row of metrics.jsonl; `show` names the figures of the progress bar or printed lines."""
+        row = {k: float(f"{float(v):.6g}") for k, v in metrics.items() if math.isfinite(v)}
+        row |= {"step": self.step, "seconds": round(time.time() - self.start, 3)}
+        self._append("metrics.jsonl", row)
+        figures = {k: f"{row[k]:.4g}" for k in show if k in row}
+        if sys.stderr.isatty() and self.step:
+            self.bar.set_postfix(figures)
+        elif self.step % max(1, self.num_steps // 20) == 0 or "eval" in str(show):
+            print(f"step {self.step}/{self.num_steps}", *map(" ".join, figures.items()), sep="  ")
+
+    def samples(self, prompts, completions, rewards=()):
+        """Rows of samples.jsonl: what a person should read now and then."""
+        for p, c, r in zip(prompts, completions, rewards or [None] * len(prompts), strict=True):
+            row = {"step": self.step, "prompt": p, "completion": c, "reward": r}
+            self._append("samples.jsonl", row)
+
+    def checkpoint(self):
+        """Save the parts, the random states and the step, so that --resume goes on bit for bit."""
+        state = {name: part.state_dict() for name, part in self.parts.items()} | {
+            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
+            "random": random.getstate(), "step": self.step, "seconds": time.time() - self.start,
+            "sizes": {p.name: p.stat().st_size for p in self.folder.glob("*.jsonl")}}
+        self._replace("checkpoint/state.pt", lambda new: torch.save(state, new))
+
+    def finish(self, tokenizer, models):
+        """Save {folder name: model} with the tokenizer, for `from_pretrained`; draw curves.png."""
+        self.checkpoint()
+        for name, model in models.items():
+            self._replace(name, lambda new, model=model: [
+                part.save_pretrained(new) for part in (model, tokenizer)])
+            print(f"saved {self.folder / name} after {time.time() - self.start:.0f} s")
+        with contextlib.suppress(ImportError):  # no matplotlib, no picture
+            self._plot()
+
+    def histogram(self, values):
+        """reward_histogram.png of {label: numbers (N,)}, where matplotlib is there."""
+        with contextlib.suppress(ImportError):
+            from matplotlib.figure import Figure
+            figure = Figure(figsize=(5, 3), layout="constrained")
+            axes = figure.add_subplot(xlabel="score", ylabel="held-out completions")
+            axes.hist([*values.values()], bins=30, label=[*values], stacked=True)
+            axes.legend()
+            figure.savefig(self.folder / "reward_histogram.png")
+
+    def _append(self, name, row):
+        with stop_on_error(f"cannot write {self.folder / name}"):
+            with open(self.folder / name, "a") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def _replace(self, name, write):
+        path, new = self.folder / name, self.folder / f"{name}.new"
+        with stop_on_error(f"cannot write {path}; what was there is left"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(new)
+            if path.is_dir():
+                shutil.rmtree(path)
+            os.replace(new, path)
+
+    def _plot(self):
+        from matplotlib.figure import Figure
+        rows = [json.loads(line) for line in open(self.folder / "metrics.jsonl")]
+        names = sorted({k for row in rows for k in row} - {"step", "seconds"})
+        figure = Figure(figsize=(14, 2.5 * math.ceil(len(names) / 4)), layout="constrained")
+        for i, name in enumerate(names, 1):
+            axes = figure.add_subplot(math.ceil(len(names) / 4), 4, i, title=name)
+            axes.plot(*zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True))
+        figure.savefig(self.folder / "curves.png")
