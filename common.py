@@ -15,8 +15,8 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from plumbing import (ROOT, Run, hold_out, load_rows, parse_args, stop,  # noqa: F401
-                      stop_on_error)  # for the scripts: one place to import from
+from plumbing import (ROOT, Run, hold_out, load_rows, load_splits, parse_args,  # noqa: F401
+                      stop, stop_on_error)  # for the scripts: one place to import from
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # load_model says itself what is missing
@@ -41,15 +41,19 @@ class Batch:
         return Batch(prompt_ids, prompt_mask[:, -Tp:], ids, mask[:, :Tc], prompt_of)
 
     def split(self, size, whole_prompts=False):
-        """Index tensors of at most `size` completions each, for `rows`: the micro-batches.
+        """Index tensors of at most `size` completions each, for `rows`: the micro-batches, those
+        of the longest prompts first, so that little is padding and memory runs out at once.
         whole_prompts: none divides a prompt; one with more completions than that goes alone."""
-        sizes = size
+        of, lengths = self.prompt_of, self.prompt_mask.sum(1)
+        both = lengths[of] + self.completion_mask.sum(1)
+        longest = torch.zeros_like(lengths).scatter_reduce(0, of, both, "amax")[of]
+        order, sizes = (of - longest * len(lengths)).argsort(), size
         if whole_prompts:
             sizes = []
-            for count in self.prompt_of.unique_consecutive(return_counts=True)[1].tolist():
+            for count in of[order].unique_consecutive(return_counts=True)[1].tolist():
                 fits = sizes and sizes[-1] + count <= size
                 sizes = [*sizes[:-1], sizes[-1] + count] if fits else [*sizes, count]
-        return torch.arange(len(self.prompt_of), device=self.prompt_of.device).split(sizes)
+        return [mb.sort().values for mb in order.split(sizes)]  # prompt-major, as `rows` wants it
 
     def to(self, device):
         """The same on `device`."""
@@ -222,6 +226,15 @@ def generate(model, tokenizer, prompts, num_generations, max_new_tokens, tempera
     ids = [batch.completion_ids[i, m].tolist() for i, m in enumerate(batch.completion_mask)]
     return batch, tokenizer.batch_decode(ids, skip_special_tokens=True), ended
 
+def greedy_rewards(policy, tokenizer, score, rows, max_new_tokens, batch_size):
+    """Rewards of the greedy completions of the rows' prompts, `batch_size` at a time -> list."""
+    values = []
+    for part in (rows[i:i + batch_size] for i in range(0, len(rows), batch_size)):
+        prompts = [row["prompt"] for row in part]
+        texts = generate(policy, tokenizer, prompts, 1, max_new_tokens, temperature=0)[1]
+        values += score(prompts, texts, part)
+    return values
+
 # --- KL and means ---------------------------------------------------------------------------------
 
 def kl_estimate(logps, ref_logps, kind):
@@ -310,8 +323,7 @@ def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_ba
     """-> score(prompts, completions, rows) -> list of R numbers, or of R lists, a number a step.
     reward: "verifier" for the function `verifier`, or "FILE.py:function", called with three lists
     of length R, prompts and rows repeated for each completion. model: a reward model, in its place;
-    by_step: a process reward model says P(right) of each step, not its score of the solution.
-    """
+    by_step: a process reward model says P(right) of each step, not its score of the solution."""
     name = f"--reward-model {model}" if model else f"--reward {reward}"
     path, _, attribute = reward.rpartition(":")
     if model:
@@ -336,10 +348,9 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
     with stop_on_error(f"--reward-model {path}: no model there"):
         config = transformers.AutoConfig.from_pretrained(path)
     token = "ForTokenClassification" in str(config.architectures)
-    kind = "Token" if token else "Sequence"
-    auto_class = getattr(transformers, f"AutoModelFor{kind}Classification")
-    tokenizer, model = load_tokenizer(path), load_model(auto_class, path, device, dtype)
-    separator = getattr(config, "step_separator", "")
+    name = f"AutoModelFor{'Token' if token else 'Sequence'}Classification"
+    model = load_model(getattr(transformers, name), path, device, dtype)
+    tokenizer, separator = load_tokenizer(path), getattr(config, "step_separator", "")
     how = getattr(config, "solution_score", "" if token else "last")
     if not token and config.num_labels != 1:
         stop(f"--reward-model {path}: has {config.num_labels} labels, not 1")

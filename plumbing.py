@@ -60,6 +60,14 @@ def load_rows(path, *columns):
                 stop(f"{where}: no {' or '.join(names)}, or an empty one; it has {', '.join(row)}")
     return rows or stop(f"{path}: no rows")
 
+def load_splits(args, read):
+    """-> rows of args.dataset, held-out rows; read: path -> rows. Those of args.eval_dataset, or,
+    without one, of args.eval_size prompts of args.dataset, which then has these no more."""
+    rows = read(args.dataset)
+    if args.eval_dataset:
+        return rows, read(args.eval_dataset)
+    return hold_out(rows, args.eval_size, args.seed)
+
 def hold_out(rows, num_prompts, seed):
     """Rows -> (train, held out), by prompt, so that none is on both sides; at most a tenth."""
     keys = [str(row.get("prompt") or row["messages"][0]) for row in rows]
@@ -95,7 +103,8 @@ class Run:
                     stop(f"--resume: {self.folder} began with {key} {old.get(key)}, not {value}")
 
     def begin(self, parts, num_steps):
-        """Make the folder, or load its checkpoint into parts, {name: model, optimiser, ...}."""
+        """Make the folder, or load its checkpoint into parts: {name: model, optimiser, or a plain
+        object, whose attributes are its state}."""
         self.parts, self.num_steps, self.start = parts, num_steps, time.time()
         path, state = self.folder / "checkpoint" / "state.pt", {"sizes": {}}
         if not self.args.resume:
@@ -106,7 +115,8 @@ class Run:
             with stop_on_error(f"--resume: cannot read {path}"):
                 state = torch.load(path, map_location="cpu", weights_only=True)
             for name, part in parts.items():
-                part.load_state_dict(state[name])
+                load = getattr(part, "load_state_dict", vars(part).update)
+                load(state[name])
             torch.set_rng_state(state["torch"])
             torch.cuda.set_rng_state_all(state["cuda"])
             random.setstate(state["random"])
@@ -144,7 +154,8 @@ class Run:
 
     def checkpoint(self):
         """Save the parts, the random states and the step, so that --resume goes on bit for bit."""
-        state = {name: part.state_dict() for name, part in self.parts.items()} | {
+        state = {name: part.state_dict() if hasattr(part, "state_dict") else vars(part)
+                 for name, part in self.parts.items()} | {
             "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
             "random": random.getstate(), "step": self.step, "seconds": time.time() - self.start,
             "sizes": {p.name: p.stat().st_size for p in self.folder.glob("*.jsonl")}}

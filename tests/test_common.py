@@ -99,6 +99,20 @@ def test_micro_batches_of_whole_prompts():
     assert [len(p) for p in batch.split(5)] == [5, 5, 2]
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_micro_batches_hold_prompts_of_like_length(whole):
+    """Two completions for each of 2, 9, 3, 8 tokens: long with long, each once, in order."""
+    prompts, mask = common.pad([[7] * n for n in (2, 9, 3, 8)], "left")
+    ids, completion_mask = common.pad([[5]] * 6 + [[5] * 4, [5]], "right")
+    of = torch.arange(4).repeat_interleave(2)
+    batch = common.Batch(prompts, mask, ids, completion_mask, of)
+    parts = [mb.tolist() for mb in batch.split(4, whole_prompts=whole)]
+    assert parts == [[2, 3, 6, 7], [0, 1, 4, 5]]  # 8 + 4 tokens come before 9 + 1
+    assert [mb.tolist() for mb in batch.split(3, whole_prompts=whole)][:2] == (
+        [[6, 7], [2, 3]] if whole else [[2, 6, 7], [3, 4, 5]])
+    assert [mb.tolist() for mb in batch.split(8)] == [[*range(8)]]
+
+
 def test_pad_equal_to_eos_hides_no_eos():
     tokenizer = make_tokenizer(pad_is_eos=True)
     batch = common.encode(tokenizer, PROMPTS, COMPLETIONS)
