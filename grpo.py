@@ -21,98 +21,67 @@ To use it elsewhere, copy this file, common.py and plumbing.py.
 import random
 import re
 import time
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import (Run, check_prompts, completion_logps, fixed_logps, generate, hold_out,
-                    kl_estimate, load_model, load_reward, load_rows, load_tokenizer, masked_mean,
-                    parse_args, pick_device, stop, update)
+from common import (Run, check_prompts, completion_logps, fixed_logps, generate, greedy_rewards,
+                    kl_estimate, load_model, load_reward, load_rows, load_splits, load_tokenizer,
+                    masked_mean, parse_args, pick_device, stop, update)
 
 @dataclass
 class Args:
-    model: str
-    """policy to train: a folder or a name on the hub"""
-    dataset: str
-    """JSON Lines or owner/name:split of the hub: `prompt`, `answer` or what your reward reads"""
-    eval_dataset: str = ""
-    """held-out rows in the same form; empty: --eval-size prompts are taken out of --dataset"""
-    output_dir: str = "runs/grpo"
-    """folder of the run: args, metrics, samples, curves, checkpoint and the final model"""
-    resume: bool = False
-    """go on from the checkpoint in --output-dir, with the same flags"""
-    overwrite: bool = False
-    """replace the run in --output-dir"""
-    seed: int = 0
-    """seed of the data's order and of sampling"""
-    device: str = "auto"
-    """torch device; auto: cuda, else mps, else cpu"""
+    model: str  # policy to train: a folder or a name on the hub
+    dataset: str  # JSON Lines or owner/name:split of the hub: `prompt`, and `answer` if verified
+    eval_dataset: str = ""  # held-out rows of the same form; else --eval-size prompts of --dataset
+    output_dir: str = "runs/grpo"  # folder of the run: metrics, curves, checkpoint, final model
+    resume: bool = False  # go on from the checkpoint in --output-dir, with the same flags
+    overwrite: bool = False  # replace the run in --output-dir
+    seed: int = 0  # seed of the data's order and of sampling
+    device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
-    share_prompts: bool = True
-    """compute a prompt once for all of its completions: same result, less work"""
+    share_prompts: bool = True  # a prompt is computed once for all its completions: same result
 
     reward: str = "verifier"
     """verifier: 1 if the last number is `answer`; or FILE.py:function, called with the lists
     prompts, completions, rows and returning a number for each (a list of them with process)"""
-    reward_model: str = ""
-    """folder of a reward model, used in place of --reward"""
+    reward_model: str = ""  # folder of a reward model, used in place of --reward
     supervision: Literal["outcome", "process"] = "outcome"
     """process: the reward gives each completion a list of numbers, one a step"""
-    step_separator: str = "\n"
-    """what ends a step, with process supervision; blank steps do not count"""
+    step_separator: str = "\n"  # what ends a step, with process supervision; blank ones don't count
 
-    num_steps: int = 200
-    """steps, each on new completions"""
-    num_prompts: int = 16
-    """P, prompts a step (DeepSeekMath: 16)"""
-    num_generations: int = 8
-    """G, completions a prompt: the group of eq. 10 (DeepSeekMath: 64)"""
-    max_new_tokens: int = 256
-    """longest completion, in tokens (DeepSeekMath: 1024)"""
-    temperature: float = 1.0
-    """of sampling, and of the log-probs"""
-    num_epochs: int = 1
-    """passes over a step's completions (DeepSeekMath: 1)"""
-    num_minibatches: int = 1
-    """gradient steps a pass; with one pass and one of these the ratio is 1 and nothing clips"""
-    micro_batch_size: int = 8
-    """completions a forward pass; changes the memory, not the gradient"""
+    num_steps: int = 200  # steps, each on new completions
+    num_prompts: int = 16  # P, prompts a step (DeepSeekMath: 16)
+    num_generations: int = 8  # G, completions a prompt: the group of eq. 10 (DeepSeekMath: 64)
+    max_new_tokens: int = 256  # longest completion, in tokens (DeepSeekMath: 1024)
+    temperature: float = 1.0  # of sampling, and of the log-probs
+    num_epochs: int = 1  # passes over a step's completions (DeepSeekMath: 1)
+    num_minibatches: int = 1  # gradient steps a pass; where there is one in all, the ratio is 1
+    micro_batch_size: int = 8  # completions a forward pass; changes the memory, not the gradient
 
-    learning_rate: float = 1e-6
-    """peak of AdamW's (DeepSeekMath: 1e-6)"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """how the learning rate changes: as it is, or down to 0"""
-    max_grad_norm: float = 1.0
-    """largest norm of the gradient; longer ones are scaled down to it"""
-    clip_eps: float = 0.2
-    """epsilon: the ratio is clipped to 1 - eps .. 1 + eps"""
-    clip_eps_high: float = 0.0
-    """epsilon of the upper bound (DAPO: 0.28); 0: that of --clip-eps"""
-    beta: float = 0.04
-    """weight of the KL in the loss (DeepSeekMath: 0.04); 0: no reference model is loaded"""
+    learning_rate: float = 1e-6  # peak of AdamW's (DeepSeekMath: 1e-6)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear, cosine: down to 0
+    max_grad_norm: float = 1.0  # largest norm of the gradient; longer ones are scaled down to it
+    clip_eps: float = 0.2  # epsilon: the ratio is clipped to 1 - eps .. 1 + eps
+    clip_eps_high: float = 0.0  # epsilon of the upper bound (DAPO: 0.28); 0: that of --clip-eps
+    beta: float = 0.04  # weight of the KL in the loss (DeepSeekMath: 0.04); 0: no reference model
     kl: Literal["k1", "k2", "k3"] = "k3"
     """its estimator (DeepSeekMath: k3). Gradients: k1 none on average, k2 that of KL(pi || ref),
     k3 that of KL(ref || pi)"""
-    scale_by_std: bool = True
-    """divide by the group's standard deviation; Dr. GRPO does not"""
+    scale_by_std: bool = True  # divide by the group's standard deviation; Dr. GRPO does not
     aggregate: Literal["sequence", "token", "constant"] = "sequence"
     """mean over a completion's tokens, then over completions (DeepSeekMath); one mean over all
     tokens (DAPO); sum over tokens divided by --max-new-tokens (Dr. GRPO)"""
 
-    eval_size: int = 64
-    """held-out prompts: the first of --eval-dataset, or a tenth of --dataset at most; 0: none"""
-    eval_every: int = 50
-    """steps between evaluations; there is one before the first and one after the last step"""
-    checkpoint_every: int = 50
-    """steps between checkpoints"""
-    log_samples: int = 4
-    """completions a step that go into samples.jsonl"""
+    eval_size: int = 64  # held-out prompts, at most a tenth of --dataset where from it; 0: none
+    eval_every: int = 50  # steps between evaluations; also before the first and after the last
+    checkpoint_every: int = 50  # steps between checkpoints
+    log_samples: int = 4  # completions a step that go into samples.jsonl
 
 TOY = dict(model="toy/model", dataset="toy/problems_train.jsonl",
            eval_dataset="toy/problems_test.jsonl", eval_size=500, eval_every=30, num_steps=60,
@@ -134,7 +103,6 @@ def group_advantages(rewards, num_generations, scale_by_std=True):
         advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
     return advantages.view(-1)
 
-
 def process_advantages(rewards, ends, num_tokens, num_generations, scale_by_std=True):
     """Step rewards (R, S) and the tokens at which the steps end (R, S), -1 for none -> (R, T).
 
@@ -151,7 +119,6 @@ def process_advantages(rewards, ends, num_tokens, num_generations, scale_by_std=
     later = ends[:, :, None] >= torch.arange(num_tokens, device=ends.device)  # (R, S, T)
     return (groups.view(ends.shape)[:, :, None] * later).sum(1)
 
-
 def token_weights(mask, aggregate, max_len):
     """Completion mask (R, T) -> weights (R, T): the loss is the sum of weights * per_token_loss."""
     R = len(mask)
@@ -160,7 +127,6 @@ def token_weights(mask, aggregate, max_len):
     if aggregate == "token":  # 1/sum_i |y_i| sum_i sum_t
         return mask / mask.sum()
     return mask / max_len / R  # 1/R sum_i 1/L sum_t, L the same for all
-
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_eps_high, beta, kl):
     """All tensors (R, T) -> loss, and where the clip is active (R, T). Book 11.1.5, 11.2.3.
@@ -188,7 +154,6 @@ def verifier(prompts, completions, rows):
         rewards.append(float(float(last.replace(",", "")) == float(answer)))
     return rewards
 
-
 def step_ends(pieces, separator):
     """Texts of a completion's tokens -> index of the last token of each step that is not blank."""
     ends, text = [], ""
@@ -196,7 +161,6 @@ def step_ends(pieces, separator):
         *done, text = (text + piece).split(separator)
         ends += [i for step in done if step.strip()]
     return ends + [len(pieces) - 1] * bool(text.strip())
-
 
 def process_rewards(values, batch, tokenizer, separator):
     """R lists of step rewards -> rewards (R, S), and where the steps end (R, S), -1 for none."""
@@ -218,32 +182,18 @@ def one_number(values):
     """Rewards of completions (R,); where they are lists of step rewards, the means of these."""
     return torch.tensor([sum(v) / max(1, len(v)) if isinstance(v, list) else v for v in values])
 
-
-def evaluate(policy, tokenizer, score, rows, args):
-    """Mean reward of the greedy completions of the rows' prompts: with the verifier, accuracy."""
-    values, size = [], args.num_prompts * args.num_generations
-    for part in (rows[i:i + size] for i in range(0, len(rows), size)):
-        prompts = [row["prompt"] for row in part]
-        texts = generate(policy, tokenizer, prompts, 1, args.max_new_tokens, temperature=0)[1]
-        values += score(prompts, texts, part)
-    return one_number(values).mean()
-
-
 def main(args: Args):
     run = Run(args)
     torch.manual_seed(args.seed)
-    random.seed(args.seed)
+    random.seed(args.seed)  # for a --reward of yours
     G, device = args.num_generations, pick_device(args.device)
     if G < 2 or not args.temperature:
         stop(f"--num-generations {G} --temperature {args.temperature}: a group needs at least 2, "
              "sampled, to be compared with each other")
     verified = args.reward == "verifier" and not args.reward_model
     columns = ("prompt", "answer") if verified else ("prompt",)
-    rows = load_rows(args.dataset, *columns)
-    if args.eval_dataset:
-        eval_rows = load_rows(args.eval_dataset, *columns)[:args.eval_size]
-    else:
-        rows, eval_rows = hold_out(rows, args.eval_size, args.seed)
+    rows, eval_rows = load_splits(args, lambda path: load_rows(path, *columns))
+    eval_rows = eval_rows[:args.eval_size]
     score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype,
                         args.micro_batch_size, by_step=args.supervision == "process")
     tokenizer = load_tokenizer(args.model)
@@ -258,8 +208,10 @@ def main(args: Args):
 
     def report():
         if eval_rows:
-            name = "eval_accuracy" if verified else "eval_reward"
-            run.log({name: evaluate(policy, tokenizer, score, eval_rows, args)}, name)
+            values = greedy_rewards(policy, tokenizer, score, eval_rows, args.max_new_tokens,
+                                    args.num_prompts * G)
+            run.log({"eval_accuracy" if verified else "eval_reward": one_number(values).mean()},
+                    "eval_accuracy", "eval_reward")
 
     if run.step == 0:
         report()
@@ -339,12 +291,9 @@ def main(args: Args):
             metrics["gold_reward"] = one_number(verifier(prompts, texts, of_each)).mean()
         run.log(metrics, "reward", "kl", "completion_length")
         run.samples(*(x[:args.log_samples] for x in (prompts, texts, values)))
-        if metrics["ended"] < 0.8:
-            warnings.warn("over 20 % of completions ran into --max-new-tokens", stacklevel=2)
         if step % args.eval_every == 0 or step == args.num_steps:
             report()
     run.finish(tokenizer, {"final": policy})
-
 
 if __name__ == "__main__":
     main(parse_args(Args, TOY))

@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
@@ -145,6 +146,8 @@ class Run:
             self.bar.set_postfix(figures)
         elif self.step % max(1, self.num_steps // 20) == 0 or "eval" in str(show):
             print(f"step {self.step}/{self.num_steps}", *map(" ".join, figures.items()), sep="  ")
+        if metrics.get("ended", 1) < 0.8:
+            warnings.warn("over 20 % of completions ran into --max-new-tokens", stacklevel=2)
 
     def samples(self, prompts, completions, rewards=()):
         """Rows of samples.jsonl: what a person should read now and then."""

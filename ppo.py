@@ -25,117 +25,72 @@ To use it elsewhere, copy this file, common.py and plumbing.py.
 import random
 import re
 import time
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification,
-                          get_scheduler)
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, get_scheduler
 
 from common import (Batch, Run, check_prompts, completion_logps, completion_scores, fixed_logps,
-                    generate, hold_out, kl_estimate, load_model, load_reward, load_rows,
-                    load_tokenizer, masked_mean, pad, parse_args, pick_device, stop, update)
+                    generate, greedy_rewards, kl_estimate, load_model, load_reward, load_rows,
+                    load_splits, load_tokenizer, masked_mean, pad, parse_args, pick_device, stop,
+                    update)
 
 @dataclass
 class Args:
-    model: str
-    """policy to train: a folder or a name on the hub"""
-    dataset: str
-    """JSON Lines or owner/name:split of the hub: `prompt`, `answer` or what your reward reads"""
-    eval_dataset: str = ""
-    """held-out rows in the same form; empty: --eval-size prompts are taken out of --dataset"""
-    output_dir: str = "runs/ppo"
-    """folder of the run: args, metrics, samples, curves, checkpoint and the final model"""
-    resume: bool = False
-    """go on from the checkpoint in --output-dir, with the same flags"""
-    overwrite: bool = False
-    """replace the run in --output-dir"""
-    seed: int = 0
-    """seed of the data's order and of sampling"""
-    device: str = "auto"
-    """torch device; auto: cuda, else mps, else cpu"""
+    model: str  # policy to train: a folder or a name on the hub
+    dataset: str  # JSON Lines or owner/name:split of the hub: `prompt`, and `answer` if verified
+    eval_dataset: str = ""  # held-out rows of the same form; else --eval-size prompts of --dataset
+    output_dir: str = "runs/ppo"  # folder of the run: metrics, curves, checkpoint, final model
+    resume: bool = False  # go on from the checkpoint in --output-dir, with the same flags
+    overwrite: bool = False  # replace the run in --output-dir
+    seed: int = 0  # seed of the data's order and of sampling
+    device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
-    share_prompts: bool = True
-    """compute a prompt once for all of its completions: same result, less work"""
+    share_prompts: bool = True  # a prompt is computed once for all its completions: same result
 
     reward: str = "verifier"
     """verifier: 1 if the last number is `answer`; or FILE.py:function, called with the lists
     prompts, completions, rows and returning a number for each"""
-    reward_model: str = ""
-    """folder of a reward model, used in place of --reward"""
+    reward_model: str = ""  # folder of a reward model, used in place of --reward
+    critic_model: str = ""  # the critic's start; empty: --reward-model, or the policy, its head 0
+    missing_eos_penalty: float = 1.0  # minus this is the score of a completion cut off (N+: 1)
 
-    critic_model: str = ""
-    """what the critic starts from, with the policy's vocabulary; empty: --reward-model, or the
-    policy. Where that has no head, the critic's is 0"""
-    missing_eos_penalty: float = 1.0
-    """a completion cut off at --max-new-tokens is not scored: it gets minus this (N+: 1)"""
+    num_steps: int = 200  # steps, each on new completions
+    num_prompts: int = 64  # P, prompts a step (N+: 512)
+    num_generations: int = 1  # G, completions a prompt
+    max_new_tokens: int = 256  # longest completion, in tokens
+    temperature: float = 1.0  # of sampling, and of the log-probs (N+: 0.7)
+    num_epochs: int = 4  # passes over a step's completions, in a new order each (N+: 4)
+    num_minibatches: int = 1  # gradient steps a pass; where there is one in all, the ratio is 1
+    micro_batch_size: int = 8  # completions a forward pass; changes the memory, not the gradient
 
-    num_steps: int = 200
-    """steps, each on new completions"""
-    num_prompts: int = 64
-    """P, prompts a step (N+: 512)"""
-    num_generations: int = 1
-    """G, completions a prompt"""
-    max_new_tokens: int = 256
-    """longest completion, in tokens"""
-    temperature: float = 1.0
-    """of sampling, and of the log-probs (N+: 0.7)"""
-    num_epochs: int = 4
-    """passes over a step's completions, in a new order each (N+: 4)"""
-    num_minibatches: int = 1
-    """gradient steps a pass; with one pass and one of these the ratio is 1 and nothing clips"""
-    micro_batch_size: int = 8
-    """completions a forward pass; changes the memory, not the gradient"""
-
-    learning_rate: float = 3e-6
-    """peak of the policy's AdamW, eps 1e-5 (N+: 3e-6)"""
-    critic_learning_rate: float = 3e-6
-    """the same of the critic"""
-    critic_warmup: int = 0
-    """first steps, in which only the critic learns"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """how the learning rate changes: as it is, or down to 0"""
-    max_grad_norm: float = 1.0
-    """largest norm of the gradient; longer ones are scaled down to it"""
-    gamma: float = 1.0
-    """discount a token"""
-    lam: float = 0.95
-    """lambda of GAE: 1 Monte Carlo returns, 0 one-step TD (N+: 0.95)"""
-    whiten_advantages: bool = True
-    """give the advantages of a step's tokens mean 0 and variance 1"""
-    clip_eps: float = 0.2
-    """epsilon: the ratio is clipped to 1 - eps .. 1 + eps"""
+    learning_rate: float = 3e-6  # peak of the policy's AdamW, eps 1e-5 (N+: 3e-6)
+    critic_learning_rate: float = 3e-6  # the same of the critic
+    critic_warmup: int = 0  # first steps, in which only the critic learns
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear, cosine: down to 0
+    max_grad_norm: float = 1.0  # largest norm of the gradient; longer ones are scaled down to it
+    gamma: float = 1.0  # discount a token
+    lam: float = 0.95  # lambda of GAE: 1 Monte Carlo returns, 0 one-step TD (N+: 0.95)
+    whiten_advantages: bool = True  # give the advantages of a step's tokens mean 0 and variance 1
+    clip_eps: float = 0.2  # epsilon: the ratio is clipped to 1 - eps .. 1 + eps
     clip_eps_value: float = 0.2
-    """how far a value may go from the one in the rollout before its loss is clipped"""
-    vf_coef: float = 0.1
-    """weight of the value loss (N+: 0.1)"""
-    beta: float = 0.05
-    """weight of the KL (k1, a token) in the reward (N+: 0.05); 0: no reference model is loaded"""
-    kl_target: float = 0.0
-    """nats a completion to which beta adapts (Ziegler 2019: 6); 0: beta is fixed"""
-    kl_horizon: float = 10000.0
-    """completions in which beta can change about e-fold, at 100 % error (Ziegler 2019: 10000)"""
-    pretrain_dataset: str = ""
-    """JSON Lines with `text`, for --ptx-coef"""
-    ptx_coef: float = 0.0
-    """weight of the pretraining loss, a mean over tokens (InstructGPT: 27.8, a sum in its terms)"""
-    ptx_batch_size: int = 8
-    """texts a gradient step, each cut to --ptx-length tokens"""
-    ptx_length: int = 256
-    """tokens of a text"""
+    """how far a value may leave the rollout's before its loss is clipped"""
+    vf_coef: float = 0.1  # of the value loss (N+: 0.1); Adam undoes it, but not --max-grad-norm
+    beta: float = 0.05  # weight of the KL (k1, a token) in the reward (N+: 0.05); 0: no reference
+    kl_target: float = 0.0  # nats a completion to which beta adapts (Ziegler: 6); 0: beta is fixed
+    kl_horizon: float = 10000.0  # completions in which beta changes 1.2-fold at most (Ziegler: 1e4)
+    pretrain_dataset: str = ""  # JSON Lines with `text`, for --ptx-coef
+    ptx_coef: float = 0.0  # weight of the pretraining loss, a mean over tokens (InstructGPT: 27.8)
+    ptx_batch_size: int = 8  # texts a gradient step, each cut to --max-new-tokens
 
-    eval_size: int = 64
-    """held-out prompts: the first of --eval-dataset, or a tenth of --dataset at most; 0: none"""
-    eval_every: int = 50
-    """steps between evaluations; there is one before the first and one after the last step"""
-    checkpoint_every: int = 50
-    """steps between checkpoints"""
-    log_samples: int = 4
-    """completions a step that go into samples.jsonl"""
+    eval_size: int = 64  # held-out prompts, at most a tenth of --dataset where from it; 0: none
+    eval_every: int = 50  # steps between evaluations; also before the first and after the last
+    checkpoint_every: int = 50  # steps between checkpoints
+    log_samples: int = 4  # completions a step that go into samples.jsonl
 
 TOY = dict(model="toy/model", dataset="toy/problems_train.jsonl",
            eval_dataset="toy/problems_test.jsonl", eval_size=500, eval_every=20, num_steps=40,
@@ -154,7 +109,6 @@ def token_rewards(scores, kl, mask, beta):
     last = mask & (mask.sum(1, keepdim=True) == mask.cumsum(1))
     return (scores[:, None] * last - beta * kl) * mask
 
-
 def gae(rewards, values, mask, gamma, lam):
     """Rewards and values (R, T) -> advantages, returns (R, T), 0 in padding. Book 11.1.4.
 
@@ -170,12 +124,10 @@ def gae(rewards, values, mask, gamma, lam):
         advantages[:, t] = later
     return advantages, advantages + values
 
-
 def whiten(x, mask):
     """x (R, T) with mean 0 and variance 1 over the mask; 0 in padding."""
     x = x - masked_mean(x, mask)
     return x * (masked_mean(x**2, mask) + 1e-8).rsqrt() * mask
-
 
 def ppo_policy_loss(logps, old_logps, advantages, weights, clip_eps):
     """All (R, T) -> loss, and where the clip is active (R, T). Book 11.1.4, 11.2.2.
@@ -189,24 +141,18 @@ def ppo_policy_loss(logps, old_logps, advantages, weights, clip_eps):
     pg_losses2 = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps)
     return (weights * torch.max(pg_losses1, pg_losses2)).sum(), pg_losses2 > pg_losses1
 
-
 def ppo_value_loss(values, old_values, returns, weights, clip_eps_value):
     """All (R, T) -> loss. Book 11.2.2: 0.5 max((V - R)^2, (clip(V, V_old +- eps) - R)^2)."""
     clipped = old_values + (values - old_values).clamp(-clip_eps_value, clip_eps_value)
     return 0.5 * (weights * torch.max((values - returns)**2, (clipped - returns)**2)).sum()
 
-
 def ptx_loss(logps, mask):
     """Log-probs (N, T) of pretraining text -> loss: -log pi, the mean over tokens. Book 8.2."""
     return -masked_mean(logps, mask)
 
-
 def explained_variance(values, returns, mask):
     """1 - Var(return - V) / Var(return) over the mask: 1 for a perfect critic, 0 for a constant."""
-    def variance(x):
-        return masked_mean((x - masked_mean(x, mask))**2, mask)
-    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
-
+    return 1 - (returns - values)[mask].var() / returns[mask].var().clamp(min=1e-8)
 
 class AdaptiveKLController:
     """beta, moved so that the KL comes to target. Book 11.3; Ziegler et al. 2019, 2.2."""
@@ -218,14 +164,6 @@ class AdaptiveKLController:
         if self.target:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.beta *= 1 + error * num_completions / self.horizon
-
-    def state_dict(self):
-        """What a checkpoint keeps."""
-        return {"beta": self.beta}
-
-    def load_state_dict(self, state):
-        """The same, back."""
-        self.beta = state["beta"]
 
 # --- The task: change this for your own -----------------------------------------------------------
 
@@ -247,11 +185,10 @@ def load_critic(args, tokenizer, device):
         stop(f"{path} has another vocabulary than the policy: give a --critic-model that has it")
     critic = load_model(AutoModelForTokenClassification, path, device, args.dtype,
                         args.gradient_checkpointing, new_head=1)
-    if "ForCausalLM" in str(AutoConfig.from_pretrained(path).architectures):
+    if "ForCausalLM" in str(critic.config.architectures):
         for p in (critic.score if hasattr(critic, "score") else critic.classifier).parameters():
             p.data.zero_()
     return critic
-
 
 @torch.no_grad()
 def fixed_values(critic, batch, micro_batch_size, share_prompts):
@@ -262,56 +199,40 @@ def fixed_values(critic, batch, micro_batch_size, share_prompts):
         values[mb, :part.shape[1]] = part
     return values * batch.completion_mask
 
-
 def encode_texts(tokenizer, texts, max_length):
     """Texts -> Batch with the first token of each as its prompt, the next ones as completion."""
-    ids = [tokenizer(text)["input_ids"][:max_length] for text in texts]
-    return Batch(*pad([i[:1] for i in ids], "left"), *pad([i[1:] for i in ids], "right"),
-                 torch.arange(len(ids)))
-
-
-def evaluate(policy, tokenizer, score, rows, args):
-    """Mean reward of the greedy completions of the rows' prompts: with the verifier, accuracy."""
-    values, size = [], args.num_prompts * args.num_generations
-    for part in (rows[i:i + size] for i in range(0, len(rows), size)):
-        prompts = [row["prompt"] for row in part]
-        texts = generate(policy, tokenizer, prompts, 1, args.max_new_tokens, temperature=0)[1]
-        values += score(prompts, texts, part)
-    return torch.tensor(values).mean()
-
+    ids, mask = pad([tokenizer(text)["input_ids"][:max_length] for text in texts], "right")
+    return Batch(ids[:, :1], mask[:, :1], ids[:, 1:], mask[:, 1:], torch.arange(len(ids)))
 
 def main(args: Args):
     run = Run(args)
     torch.manual_seed(args.seed)
-    random.seed(args.seed)
+    random.seed(args.seed)  # for a --reward of yours
     G, device = args.num_generations, pick_device(args.device)
     if not args.temperature:
         stop("--temperature 0: completions must be sampled")
     verified = args.reward == "verifier" and not args.reward_model
     columns = ("prompt", "answer") if verified else ("prompt",)
-    rows = load_rows(args.dataset, *columns)
-    if args.eval_dataset:
-        eval_rows = load_rows(args.eval_dataset, *columns)[:args.eval_size]
-    else:
-        rows, eval_rows = hold_out(rows, args.eval_size, args.seed)
+    rows, eval_rows = load_splits(args, lambda path: load_rows(path, *columns))
+    eval_rows = eval_rows[:args.eval_size]
     score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype,
                         args.micro_batch_size)
     tokenizer = load_tokenizer(args.model)
-    policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype,
-                        args.gradient_checkpointing)
-    ref = load_model(AutoModelForCausalLM, args.model, device, args.dtype) if args.beta else None
+    pretrain_texts = [row["text"] for row in load_rows(args.pretrain_dataset, "text")
+                      if len(tokenizer(row["text"])["input_ids"]) > 1] if args.ptx_coef else []
+    load = device, args.dtype, args.gradient_checkpointing
+    policy = load_model(AutoModelForCausalLM, args.model, *load)
+    ref = load_model(AutoModelForCausalLM, args.model, *load[:2]) if args.beta else None
     critic = load_critic(args, tokenizer, device)
-    texts = [row["text"] for row in load_rows(args.pretrain_dataset, "text")
-             if len(tokenizer(row["text"])["input_ids"]) > 1] if args.ptx_coef else []
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
     updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions
-    num_updates = updates * args.num_steps
     optimizer, critic_optimizer = (
         torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0)
         for model, lr in ((policy, args.learning_rate), (critic, args.critic_learning_rate)))
     scheduler = get_scheduler(args.lr_schedule, optimizer, 0,
-                              max(1, num_updates - updates * args.critic_warmup))
-    critic_scheduler = get_scheduler(args.lr_schedule, critic_optimizer, 0, num_updates)
+                              max(1, args.num_steps - args.critic_warmup) * updates)
+    critic_scheduler = get_scheduler(args.lr_schedule, critic_optimizer, 0,
+                                     args.num_steps * updates)
     controller = AdaptiveKLController(args.beta, args.kl_target, args.kl_horizon)
     run.begin({"policy": policy, "optimizer": optimizer, "scheduler": scheduler, "critic": critic,
                "critic_optimizer": critic_optimizer, "critic_scheduler": critic_scheduler,
@@ -319,8 +240,10 @@ def main(args: Args):
 
     def report():
         if eval_rows:
-            name = "eval_accuracy" if verified else "eval_reward"
-            run.log({name: evaluate(policy, tokenizer, score, eval_rows, args)}, name)
+            values = greedy_rewards(policy, tokenizer, score, eval_rows, args.max_new_tokens,
+                                    args.num_prompts * G)
+            run.log({"eval_accuracy" if verified else "eval_reward": torch.tensor(values).mean()},
+                    "eval_accuracy", "eval_reward")
 
     if run.step == 0:
         report()
@@ -356,47 +279,46 @@ def main(args: Args):
         if args.whiten_advantages:  # not before the returns: the critic learns those as they are
             advantages = whiten(advantages, mask)
 
-        # 4. Gradient steps of the policy and of the critic
-        pg_losses, vf_losses, ptx_losses, clipped, kl_old, grad_norm = [], [], [], 0.0, 0.0, 0.0
+        # 4. Gradient steps of the critic and, after its warm-up, of the policy
+        losses, value_losses, ptx_losses, clipped, kl_old = [], [], [], 0.0, 0.0
         for _ in range(args.num_epochs):
             order = torch.randperm(R) if updates > 1 else torch.arange(R)
             for index in order.to(device).tensor_split(args.num_minibatches):
-                weights, pg_loss, vf_loss = mask[index] / mask[index].sum(), 0.0, 0.0
-                for i in range(0, len(index), args.micro_batch_size):
-                    mb = index[i:i + args.micro_batch_size]
+                weights, loss, value_loss = mask / mask[index].sum(), 0.0, 0.0
+                for mb in index.split(args.micro_batch_size):
                     part = batch.rows(mb)
                     t = part.completion_ids.shape[1]  # the longest of these
-                    w = weights[i:i + args.micro_batch_size, :t]
                     values = completion_scores(critic, part, args.share_prompts, before=True)
                     mb_loss = ppo_value_loss(values[..., 0], old_values[mb, :t], returns[mb, :t],
-                                             w, args.clip_eps_value)
+                                             weights[mb, :t], args.clip_eps_value)
                     (args.vf_coef * mb_loss).backward()
-                    vf_loss += mb_loss.item()
+                    value_loss += mb_loss.item()
                     if step <= args.critic_warmup:
                         continue
                     logps = completion_logps(policy, part, args.temperature, args.share_prompts)
                     if updates == 1:
                         policy_logps[mb, :t] = logps.detach()
-                    mb_loss, active = ppo_policy_loss(logps, policy_logps[mb, :t],
-                                                      advantages[mb, :t], w, args.clip_eps)
+                    mb_loss, active = ppo_policy_loss(
+                        logps, policy_logps[mb, :t], advantages[mb, :t], weights[mb, :t],
+                        args.clip_eps)
                     mb_loss.backward()
-                    pg_loss += mb_loss.item()
+                    loss += mb_loss.item()
                     clipped += (active & part.completion_mask).sum().item()
                     kl_old += kl_estimate(policy_logps[mb, :t], logps.detach(), "k3").sum().item()
-                update(critic_optimizer, critic_scheduler, vf_loss, args.max_grad_norm)
-                vf_losses.append(vf_loss)
+                update(critic_optimizer, critic_scheduler, value_loss, args.max_grad_norm)
+                value_losses.append(value_loss)
                 if step <= args.critic_warmup:
                     continue
-                if texts:
-                    part = random.Random(f"{args.seed} {step} {len(vf_losses)}").choices(
-                        texts, k=args.ptx_batch_size)
-                    part = encode_texts(tokenizer, part, args.ptx_length).to(device)
-                    mb_loss = ptx_loss(completion_logps(policy, part), part.completion_mask)
-                    (args.ptx_coef * mb_loss).backward()
-                    ptx_losses.append(mb_loss.item())
+                if pretrain_texts:
+                    drawn_texts = random.Random(f"{args.seed} {step} {len(losses)}").choices(
+                        pretrain_texts, k=args.ptx_batch_size)
+                    part = encode_texts(tokenizer, drawn_texts, args.max_new_tokens).to(device)
+                    ptx = ptx_loss(completion_logps(policy, part), part.completion_mask)
+                    (args.ptx_coef * ptx).backward()
+                    ptx_losses.append(ptx.item())
                 lr = scheduler.get_last_lr()[0]
-                grad_norm = update(optimizer, scheduler, pg_loss, args.max_grad_norm)
-                pg_losses.append(pg_loss)
+                grad_norm = update(optimizer, scheduler, loss, args.max_grad_norm)
+                losses.append(loss)
         controller.update(kl.sum(1).mean().item(), R)
 
         # 5. Log
@@ -405,29 +327,24 @@ def main(args: Args):
             "reward": scores.mean(), "reward_std": scores.std(correction=0),
             "ended": ended.float().mean(), "completion_length": num_tokens / R,
             "entropy": -masked_mean(policy_logps, mask),  # E[-log pi], from the tokens sampled
-            "value_loss": sum(vf_losses) / updates, "value": masked_mean(old_values, mask),
+            "value_loss": sum(value_losses) / updates, "value": masked_mean(old_values, mask),
             "explained_variance": explained_variance(old_values, returns, mask),
             "tokens_per_second": num_tokens / (time.time() - start)}
-        if pg_losses:
-            metrics |= {
-                "loss": sum(pg_losses) / updates, "grad_norm": grad_norm, "lr": lr,
-                "clip_frac": clipped / num_tokens / args.num_epochs,
-                "approx_kl": kl_old / num_tokens / args.num_epochs}
+        if losses:
+            metrics |= {"loss": sum(losses) / updates, "grad_norm": grad_norm, "lr": lr,
+                        "clip_frac": clipped / num_tokens / args.num_epochs,
+                        "approx_kl": kl_old / num_tokens / args.num_epochs}
         if ptx_losses:
             metrics["ptx_loss"] = sum(ptx_losses) / updates
         if args.beta:
-            metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask),
-                        "beta": beta}
+            metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask), "beta": beta}
         if not verified and "answer" in drawn[0]:
             metrics["gold_reward"] = torch.tensor(verifier(prompts, texts, of_each)).mean()
         run.log(metrics, "reward", "kl", "completion_length")
         run.samples(*(x[:args.log_samples] for x in (prompts, texts, scores.tolist())))
-        if metrics["ended"] < 0.8:
-            warnings.warn("over 20 % of completions ran into --max-new-tokens", stacklevel=2)
         if step % args.eval_every == 0 or step == args.num_steps:
             report()
     run.finish(tokenizer, {"final": policy, "critic": critic})
-
 
 if __name__ == "__main__":
     main(parse_args(Args, TOY))

@@ -32,35 +32,27 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, get_scheduler
 
-from common import (Batch, Run, completion_logps, completion_scores, encode_steps, hold_out,
-                    load_model, load_rows, load_tokenizer, masked_mean, pad, parse_args,
+from common import (Batch, Run, completion_logps, completion_scores, encode_steps, load_model,
+                    load_rows, load_splits, load_tokenizer, masked_mean, pad, parse_args,
                     pick_device, positive_probs, solution_score, stop, stop_on_error, update)
 
 @dataclass
 class Args:
-    model: str
-    """causal model to start from: a folder or a name on the hub"""
+    model: str  # causal model to start from: a folder or a name on the hub
     dataset: str
     """JSON Lines or owner/name:split of the hub: `prompt`, `steps`, `labels` (-1, 0, 1, True, False
     or null); with outcome: `prompt`, `completion`, `label`"""
-    eval_dataset: str = ""
-    """held-out rows in the same form; empty: --eval-size prompts are taken out of --dataset"""
-    output_dir: str = "runs/prm"
-    """folder of the run: args, metrics, curves, histogram, checkpoint and the final model"""
-    resume: bool = False
-    """go on from the checkpoint in --output-dir, with the same flags"""
-    overwrite: bool = False
-    """replace the run in --output-dir"""
-    seed: int = 0
-    """seed of the data's order and of the new head"""
-    device: str = "auto"
-    """torch device; auto: cuda, else mps, else cpu"""
+    eval_dataset: str = ""  # held-out rows of the same form; else --eval-size prompts of --dataset
+    output_dir: str = "runs/prm"  # folder of the run: metrics, curves, checkpoint, final model
+    resume: bool = False  # go on from the checkpoint in --output-dir, with the same flags
+    overwrite: bool = False  # replace the run in --output-dir
+    seed: int = 0  # seed of the data's order and of the new head
+    device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
-    share_prompts: bool = True
-    """compute a prompt once for all of its completions: same result, less work"""
+    share_prompts: bool = True  # a prompt is computed once for all its completions: same result
     supervision: Literal["process", "outcome"] = "process"
     """process: a label for each step (PRM); outcome: one for the completion (ORM)"""
     step_separator: str = "\n"
@@ -72,28 +64,18 @@ class Args:
     """cobbe, with outcome: a gain and a bias on one logit, that of the vocabulary's last token"""
     lm_coef: float = 0.0
     """with outcome: weight of the language-model loss on right completions (twice the time)"""
-    num_epochs: int = 1
-    """passes over the data"""
-    batch_size: int = 32
-    """completions a step; those of one prompt follow each other"""
-    micro_batch_size: int = 8
-    """completions a forward pass; changes the memory, not the gradient"""
+    num_epochs: int = 1  # passes over the data
+    batch_size: int = 32  # completions a step; those of one prompt follow each other
+    micro_batch_size: int = 8  # completions a forward pass; changes the memory, not the gradient
     max_length: int = 1024
     """tokens of prompt and completion; unlabelled steps beyond are cut, other rows are dropped"""
-    learning_rate: float = 1e-5
-    """peak of AdamW's"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """how the learning rate falls to 0 after the warm-up; constant: it does not"""
-    warmup_ratio: float = 0.03
-    """share of the steps in which the learning rate rises from 0"""
-    max_grad_norm: float = 1.0
-    """largest norm of the gradient; longer ones are scaled down to it"""
-    eval_size: int = 64
-    """prompts held out where no --eval-dataset is given (at most a tenth); 0: none"""
-    eval_every: int = 100
-    """steps between evaluations; there is one before the first and one after the last step"""
-    checkpoint_every: int = 100
-    """steps between checkpoints"""
+    learning_rate: float = 1e-5  # peak of AdamW's
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up
+    warmup_ratio: float = 0.03  # share of the steps in which the learning rate rises from 0
+    max_grad_norm: float = 1.0  # largest norm of the gradient; longer ones are scaled down to it
+    eval_size: int = 64  # prompts held out where there is no --eval-dataset; 0: none
+    eval_every: int = 100  # steps between evaluations; also before the first and after the last
+    checkpoint_every: int = 100  # steps between checkpoints
 
 TOY = dict(model="toy/model", dataset="toy/prm_train.jsonl", eval_dataset="toy/prm_test.jsonl",
            num_epochs=3, learning_rate=1e-3, lr_schedule="cosine", warmup_ratio=0.05,
@@ -259,11 +241,7 @@ def main(args: Args):
     if process and (args.head == "cobbe" or args.lm_coef or not args.step_separator):
         stop("--supervision process needs a --step-separator, and no --head cobbe or --lm-coef")
     device, tokenizer = pick_device(args.device), load_tokenizer(args.model)
-    examples = read_examples(args.dataset, process)
-    if args.eval_dataset:
-        eval_examples = read_examples(args.eval_dataset, process)
-    else:
-        examples, eval_examples = hold_out(examples, args.eval_size, args.seed)
+    examples, eval_examples = load_splits(args, lambda path: read_examples(path, process))
     neutral = ["neutral"] * any(0 in e["labels"] for e in examples + eval_examples)
     names = ["wrong", *neutral, "right"] if process else ["right"]
     load, num_classes = (args.model, device, args.dtype, args.gradient_checkpointing), len(names)

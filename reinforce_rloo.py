@@ -23,86 +23,61 @@ To use it elsewhere, copy this file, common.py and plumbing.py.
 import random
 import re
 import time
-import warnings
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import (Run, check_prompts, completion_logps, fixed_logps, generate, hold_out,
-                    kl_estimate, load_model, load_reward, load_rows, load_tokenizer, masked_mean,
-                    parse_args, pick_device, stop, update)
+from common import (Run, check_prompts, completion_logps, fixed_logps, generate, greedy_rewards,
+                    kl_estimate, load_model, load_reward, load_rows, load_splits, load_tokenizer,
+                    masked_mean, parse_args, pick_device, stop, update)
 
 @dataclass
 class Args:
-    model: str
-    """policy to train: a folder or a name on the hub"""
-    dataset: str
-    """JSON Lines or owner/name:split of the hub: `prompt`, `answer` or what your reward reads"""
-    eval_dataset: str = ""
-    """held-out rows in the same form; empty: --eval-size prompts are taken out of --dataset"""
-    output_dir: str = "runs/reinforce_rloo"
-    """folder of the run: args, metrics, samples, curves, checkpoint and the final model"""
-    resume: bool = False
-    """go on from the checkpoint in --output-dir, with the same flags"""
-    overwrite: bool = False
-    """replace the run in --output-dir"""
-    seed: int = 0
-    """seed of the data's order and of sampling"""
-    device: str = "auto"
-    """torch device; auto: cuda, else mps, else cpu"""
+    model: str  # policy to train: a folder or a name on the hub
+    dataset: str  # JSON Lines or owner/name:split of the hub: `prompt`, and `answer` if verified
+    eval_dataset: str = ""  # held-out rows of the same form; else --eval-size prompts of --dataset
+    output_dir: str = "runs/reinforce_rloo"  # folder of the run: metrics, curves, checkpoint, model
+    resume: bool = False  # go on from the checkpoint in --output-dir, with the same flags
+    overwrite: bool = False  # replace the run in --output-dir
+    seed: int = 0  # seed of the data's order and of sampling
+    device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
-    share_prompts: bool = True
-    """compute a prompt once for all of its completions: same result, less work"""
+    share_prompts: bool = True  # a prompt is computed once for all its completions: same result
 
     reward: str = "verifier"
     """verifier: 1 if the last number is `answer`; or FILE.py:function, called with the lists
     prompts, completions, rows and returning a number for each"""
-    reward_model: str = ""
-    """folder of a reward model, used in place of --reward"""
+    reward_model: str = ""  # folder of a reward model, used in place of --reward
 
-    num_steps: int = 200
-    """steps, each on new completions"""
-    num_prompts: int = 64
-    """P, prompts a step (RLOO: 512 completions)"""
-    num_generations: int = 4
-    """G, completions a prompt (RLOO: 2 or 4)"""
-    max_new_tokens: int = 256
-    """longest completion, in tokens"""
-    temperature: float = 1.0
-    """of sampling, and of the log-probs"""
-    micro_batch_size: int = 8
-    """completions a forward pass; changes the memory, not the gradient"""
+    num_steps: int = 200  # steps, each on new completions
+    num_prompts: int = 64  # P, prompts a step (RLOO: 512 completions)
+    num_generations: int = 4  # G, completions a prompt (RLOO: 2 or 4)
+    max_new_tokens: int = 256  # longest completion, in tokens
+    temperature: float = 1.0  # of sampling, and of the log-probs
+    micro_batch_size: int = 8  # completions a forward pass; changes the memory, not the gradient
 
-    learning_rate: float = 1e-6
-    """peak of AdamW's (RLOO: 1e-6)"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """how the learning rate changes: as it is, or down to 0"""
-    max_grad_norm: float = 1.0
-    """largest norm of the gradient; longer ones are scaled down to it"""
+    learning_rate: float = 1e-6  # peak of AdamW's (RLOO: 1e-6)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear, cosine: down to 0
+    max_grad_norm: float = 1.0  # largest norm of the gradient; longer ones are scaled down to it
     baseline: Literal["none", "batch", "moving", "rloo", "remax"] = "rloo"
     """subtracted from the rewards: nothing; the mean of the step's; a moving average of earlier
     steps' means; the mean of the prompt's other completions; the score of its greedy completion"""
-    moving_decay: float = 0.9
-    """of the moving average: its own share of the next one"""
+    moving_decay: float = 0.9  # of the moving average: its own share of the next one
     gamma: float = 1.0
     """discount a token; 1: the completion is one action, and all its tokens have its advantage"""
     beta: float = 0.05
     """weight of the KL (k1, summed over the completion) in the reward, before the baseline (RLOO:
     0.03 to 0.1); 0: no reference model is loaded"""
 
-    eval_size: int = 64
-    """held-out prompts: the first of --eval-dataset, or a tenth of --dataset at most; 0: none"""
-    eval_every: int = 50
-    """steps between evaluations; there is one before the first and one after the last step"""
-    checkpoint_every: int = 50
-    """steps between checkpoints"""
-    log_samples: int = 4
-    """completions a step that go into samples.jsonl"""
+    eval_size: int = 64  # held-out prompts, at most a tenth of --dataset where from it; 0: none
+    eval_every: int = 50  # steps between evaluations; also before the first and after the last
+    checkpoint_every: int = 50  # steps between checkpoints
+    log_samples: int = 4  # completions a step that go into samples.jsonl
 
 TOY = dict(model="toy/model", dataset="toy/problems_train.jsonl",
            eval_dataset="toy/problems_test.jsonl", eval_size=500, eval_every=30, num_steps=60,
@@ -120,7 +95,6 @@ def rloo_advantages(rewards, num_generations):
     others = (groups.sum(1, keepdim=True) - groups) / (num_generations - 1)
     return (groups - others).view(-1)
 
-
 def baseline_advantages(rewards, num_generations, baseline, moving=0.0, greedy=None):
     """Rewards (R,), prompt-major -> advantages (R,): less a baseline. Book 11.1.1 to 11.1.3.
 
@@ -135,7 +109,6 @@ def baseline_advantages(rewards, num_generations, baseline, moving=0.0, greedy=N
                       "remax": greedy.repeat_interleave(num_generations)
                       if greedy is not None else None}[baseline]
 
-
 def reward_to_go(advantages, mask, gamma):
     """Advantages (R,) of completions -> those of their tokens (R, T), 0 in padding. Book 11.1.
 
@@ -144,14 +117,12 @@ def reward_to_go(advantages, mask, gamma):
     after = mask.sum(1, keepdim=True) - mask.cumsum(1)
     return advantages[:, None] * gamma**after * mask
 
-
 def reinforce_loss(logps, advantages, mask):
     """All (R, T) -> loss: the mean over completions of -sum_t A_t log pi(y_t). Book 11.1.1, 11.1.2.
 
     The sum, not the mean, over tokens: a completion is one action, its log-prob that sum.
     """
     return -(advantages * logps * mask).sum(1).mean()
-
 
 class MovingAverage:
     """Of the steps' mean rewards; 0 before the first."""
@@ -162,14 +133,6 @@ class MovingAverage:
         """Take one step's mean in; the first is the average."""
         share = self.decay if self.started else 0.0
         self.value, self.started = share * self.value + (1 - share) * value, True
-
-    def state_dict(self):
-        """What a checkpoint keeps."""
-        return {"value": self.value, "started": self.started}
-
-    def load_state_dict(self, state):
-        """The same, back."""
-        self.value, self.started = state["value"], state["started"]
 
 # --- The task: change this for your own -----------------------------------------------------------
 
@@ -184,31 +147,18 @@ def verifier(prompts, completions, rows):
 
 # --- Training -------------------------------------------------------------------------------------
 
-def evaluate(policy, tokenizer, score, rows, args):
-    """Mean reward of the greedy completions of the rows' prompts: with the verifier, accuracy."""
-    values, size = [], args.num_prompts * args.num_generations
-    for part in (rows[i:i + size] for i in range(0, len(rows), size)):
-        prompts = [row["prompt"] for row in part]
-        texts = generate(policy, tokenizer, prompts, 1, args.max_new_tokens, temperature=0)[1]
-        values += score(prompts, texts, part)
-    return torch.tensor(values).mean()
-
-
 def main(args: Args):
     run = Run(args)
     torch.manual_seed(args.seed)
-    random.seed(args.seed)
+    random.seed(args.seed)  # for a --reward of yours
     G, device = args.num_generations, pick_device(args.device)
     if not args.temperature or (args.baseline == "rloo" and G < 2):
         stop(f"--num-generations {G} --temperature {args.temperature}: completions must be "
              "sampled, and with --baseline rloo at least 2 a prompt")
     verified = args.reward == "verifier" and not args.reward_model
     columns = ("prompt", "answer") if verified else ("prompt",)
-    rows = load_rows(args.dataset, *columns)
-    if args.eval_dataset:
-        eval_rows = load_rows(args.eval_dataset, *columns)[:args.eval_size]
-    else:
-        rows, eval_rows = hold_out(rows, args.eval_size, args.seed)
+    rows, eval_rows = load_splits(args, lambda path: load_rows(path, *columns))
+    eval_rows = eval_rows[:args.eval_size]
     score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype,
                         args.micro_batch_size)
     tokenizer = load_tokenizer(args.model)
@@ -224,8 +174,10 @@ def main(args: Args):
 
     def report():
         if eval_rows:
-            name = "eval_accuracy" if verified else "eval_reward"
-            run.log({name: evaluate(policy, tokenizer, score, eval_rows, args)}, name)
+            values = greedy_rewards(policy, tokenizer, score, eval_rows, args.max_new_tokens,
+                                    args.num_prompts * G)
+            run.log({"eval_accuracy" if verified else "eval_reward": torch.tensor(values).mean()},
+                    "eval_accuracy", "eval_reward")
 
     if run.step == 0:
         report()
@@ -294,12 +246,9 @@ def main(args: Args):
             metrics["gold_reward"] = torch.tensor(verifier(prompts, texts, of_each)).mean()
         run.log(metrics, "reward", "kl", "completion_length")
         run.samples(*(x[:args.log_samples] for x in (prompts, texts, scores.tolist())))
-        if metrics["ended"] < 0.8:
-            warnings.warn("over 20 % of completions ran into --max-new-tokens", stacklevel=2)
         if step % args.eval_every == 0 or step == args.num_steps:
             report()
     run.finish(tokenizer, {"final": policy})
-
 
 if __name__ == "__main__":
     main(parse_args(Args, TOY))

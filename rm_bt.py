@@ -27,67 +27,47 @@ import torch
 import torch.nn.functional as F
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler)
 
-from common import (Run, completion_logps, encode, encode_prompt, hold_out, last_scores,
-                    load_model, load_rows, load_tokenizer, masked_mean, parse_args, pick_device,
+from common import (Run, completion_logps, encode, encode_prompt, last_scores, load_model,
+                    load_rows, load_splits, load_tokenizer, masked_mean, parse_args, pick_device,
                     stop, stop_on_error, update)
 
 @dataclass
 class Args:
-    model: str
-    """causal model to start from: a folder or a name on the hub"""
+    model: str  # causal model to start from: a folder or a name on the hub
     dataset: str
     """JSON Lines or owner/name:split of the hub: `prompt`, `chosen`, `rejected` and, if you have
     it, `margin`; or `prompt`, `completions`, `ranks` (0 the best; equal ranks tie)"""
-    eval_dataset: str = ""
-    """held-out rows in the same form; empty: --eval-size prompts are taken out of --dataset"""
-    output_dir: str = "runs/rm_bt"
-    """folder of the run: args, metrics, curves, histogram, checkpoint and the final model"""
-    resume: bool = False
-    """go on from the checkpoint in --output-dir, with the same flags"""
-    overwrite: bool = False
-    """replace the run in --output-dir"""
-    seed: int = 0
-    """seed of the data's order and of the new head"""
-    device: str = "auto"
-    """torch device; auto: cuda, else mps, else cpu"""
+    eval_dataset: str = ""  # held-out rows of the same form; else --eval-size prompts of --dataset
+    output_dir: str = "runs/rm_bt"  # folder of the run: metrics, curves, checkpoint, final model
+    resume: bool = False  # go on from the checkpoint in --output-dir, with the same flags
+    overwrite: bool = False  # replace the run in --output-dir
+    seed: int = 0  # seed of the data's order and of the new head
+    device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
-    share_prompts: bool = True
-    """compute a prompt once for all of its completions: same result, less work"""
+    share_prompts: bool = True  # a prompt is computed once for all its completions: same result
 
     margin_scale: float = 1.0
     """factor of a row's `margin` (Llama 2, small: 1, 2/3, 1/3, 0; large: 3 times that); 0: eq. 3"""
-    center_coef: float = 0.0
-    """weight of the squared sum of a pair's rewards (Eisenstein 2023: 0.01)"""
+    center_coef: float = 0.0  # weight of the squared sum of a pair's rewards (Eisenstein: 0.01)
     nll_coef: float = 0.0
     """weight of the language-model loss on the best completion (8.2), nats a token; costs a second
     pass"""
 
-    num_epochs: int = 1
-    """passes over the data (InstructGPT: 1; more overfit)"""
-    batch_size: int = 64
-    """prompts a step, each with all of its completions (InstructGPT: 64)"""
-    micro_batch_size: int = 8
-    """completions a forward pass, in whole prompts; changes the memory, not the gradient"""
-    max_length: int = 1024
-    """tokens of prompt and completion; longer completions are cut"""
-    learning_rate: float = 9e-6
-    """peak of AdamW's (InstructGPT: 9e-6)"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """how the learning rate falls to 0 after the warm-up; constant: it does not"""
-    warmup_ratio: float = 0.03
-    """share of the steps in which the learning rate rises from 0"""
-    max_grad_norm: float = 1.0
-    """largest norm of the gradient; longer ones are scaled down to it"""
+    num_epochs: int = 1  # passes over the data (InstructGPT: 1; more overfit)
+    batch_size: int = 64  # prompts a step, each with all of its completions (InstructGPT: 64)
+    micro_batch_size: int = 8  # completions a forward pass, in whole prompts; changes no gradient
+    max_length: int = 1024  # tokens of prompt and completion; longer completions are cut
+    learning_rate: float = 9e-6  # peak of AdamW's (InstructGPT: 9e-6)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"  # after the warm-up
+    warmup_ratio: float = 0.03  # share of the steps in which the learning rate rises from 0
+    max_grad_norm: float = 1.0  # largest norm of the gradient; longer ones are scaled down to it
 
-    eval_size: int = 64
-    """prompts held out where no --eval-dataset is given (at most a tenth); 0: none"""
-    eval_every: int = 50
-    """steps between evaluations; there is one before the first and one after the last step"""
-    checkpoint_every: int = 50
-    """steps between checkpoints"""
+    eval_size: int = 64  # prompts held out where there is no --eval-dataset; 0: none
+    eval_every: int = 50  # steps between evaluations; also before the first and after the last
+    checkpoint_every: int = 50  # steps between checkpoints
 
 TOY = dict(model="toy/model", dataset="toy/pref_train.jsonl", eval_dataset="toy/pref_test.jsonl",
            num_epochs=3, learning_rate=1e-3, batch_size=32, micro_batch_size=64,
@@ -219,11 +199,7 @@ def main(args: Args):
     run = Run(args)
     torch.manual_seed(args.seed)
     device, tokenizer = pick_device(args.device), load_tokenizer(args.model)
-    examples = read_examples(args.dataset)
-    if args.eval_dataset:
-        eval_examples = read_examples(args.eval_dataset)
-    else:
-        examples, eval_examples = hold_out(examples, args.eval_size, args.seed)
+    examples, eval_examples = load_splits(args, read_examples)
     load = args.model, device, args.dtype, args.gradient_checkpointing
     model = load_model(AutoModelForSequenceClassification, *load, new_head=1)
     model.config.update({"pad_token_id": tokenizer.pad_token_id, "reward_bias": 0.0})

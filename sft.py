@@ -23,75 +23,51 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import (Run, completion_logps, encode, encode_prompt, fixed_logps, generate, hold_out,
-                    load_model, load_rows, load_tokenizer, masked_mean, parse_args, pick_device,
+from common import (Run, completion_logps, encode, encode_prompt, fixed_logps, generate, load_model,
+                    load_rows, load_splits, load_tokenizer, masked_mean, parse_args, pick_device,
                     stop, stop_on_error, update)
-
 
 @dataclass
 class Args:
-    model: str
-    """model to train: a folder or a name on the hub"""
+    model: str  # model to train: a folder or a name on the hub
     dataset: str
     """JSON Lines file, or owner/name:split of the hub: `prompt` + `completion` (or `response`), or
     `messages`"""
-    eval_dataset: str = ""
-    """held-out rows in the same form; empty: --eval-size prompts are taken out of --dataset"""
-    output_dir: str = "runs/sft"
-    """folder of the run: args, metrics, samples, curves, checkpoint and the final model"""
-    resume: bool = False
-    """go on from the checkpoint in --output-dir, with the same flags"""
-    overwrite: bool = False
-    """replace the run in --output-dir"""
-    seed: int = 0
-    """seed of the data's order, of sampling, and of the weights with --from-scratch"""
-    device: str = "auto"
-    """torch device; auto: cuda, else mps, else cpu"""
+    eval_dataset: str = ""  # held-out rows of the same form; else --eval-size prompts of --dataset
+    output_dir: str = "runs/sft"  # folder of the run: metrics, curves, checkpoint, final model
+    resume: bool = False  # go on from the checkpoint in --output-dir, with the same flags
+    overwrite: bool = False  # replace the run in --output-dir
+    seed: int = 0  # seed of the data's order, of sampling, and of the weights with --from-scratch
+    device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
-    from_scratch: bool = False
-    """start from random weights of the model's shape"""
+    from_scratch: bool = False  # start from random weights of the model's shape
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
 
-    num_epochs: int = 2
-    """passes over the data (Tulu 3: 2)"""
-    batch_size: int = 32
-    """completions a step (Tulu 3: 128)"""
-    micro_batch_size: int = 8
-    """completions a forward pass; changes the memory, not the gradient"""
+    num_epochs: int = 2  # passes over the data (Tulu 3: 2)
+    batch_size: int = 32  # completions a step (Tulu 3: 128)
+    micro_batch_size: int = 8  # completions a forward pass; changes the memory, not the gradient
     max_length: int = 1024
     """tokens of prompt and completion; longer completions are cut and then have no EOS"""
     learning_rate: float = 5e-6
     """peak of AdamW's (Tulu 3, 8B: 5e-6; small models take 10 times that)"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """how the learning rate falls to 0 after the warm-up; constant: it does not"""
-    warmup_ratio: float = 0.03
-    """share of the steps in which the learning rate rises from 0 (Tulu 3: 0.03)"""
-    weight_decay: float = 0.0
-    """AdamW's weight decay"""
-    max_grad_norm: float = 1.0
-    """largest norm of the gradient; longer ones are scaled down to it"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up
+    warmup_ratio: float = 0.03  # share of the steps with a rising learning rate (Tulu 3: 0.03)
+    weight_decay: float = 0.0  # AdamW's weight decay
+    max_grad_norm: float = 1.0  # largest norm of the gradient; longer ones are scaled down to it
 
-    eval_size: int = 64
-    """prompts held out where no --eval-dataset is given (at most a tenth); 0: none"""
-    eval_every: int = 100
-    """steps between evaluations; there is one before the first and one after the last step"""
-    checkpoint_every: int = 100
-    """steps between checkpoints"""
-    log_samples: int = 4
-    """held-out prompts answered greedily into samples.jsonl at each evaluation"""
-    max_new_tokens: int = 128
-    """longest such answer, in tokens"""
-
+    eval_size: int = 64  # prompts held out where there is no --eval-dataset; 0: none
+    eval_every: int = 100  # steps between evaluations; also before the first and after the last
+    checkpoint_every: int = 100  # steps between checkpoints
+    log_samples: int = 4  # held-out prompts answered greedily into samples.jsonl at each evaluation
+    max_new_tokens: int = 128  # longest such answer, in tokens
 
 TOY = dict(model="toy/model", dataset="toy/sft_train.jsonl", eval_dataset="toy/sft_test.jsonl",
            from_scratch=True, learning_rate=1e-3, lr_schedule="cosine", warmup_ratio=0.05,
            micro_batch_size=32, max_new_tokens=48)
 
-
 # --- The algorithm --------------------------------------------------------------------------------
-
 
 def sft_loss(logps, mask):
     """-mean of log pi(y_t | x, y_<t) over completion tokens: logps, mask (R, Tc) -> scalar, nats.
@@ -100,9 +76,7 @@ def sft_loss(logps, mask):
     """
     return -masked_mean(logps, mask)
 
-
 # --- The task: change this for your own -----------------------------------------------------------
-
 
 def to_pairs(row):
     """A row -> list of (prompt, completion text)."""
@@ -112,9 +86,7 @@ def to_pairs(row):
         return [(chat[:i], chat[i]["content"]) for i in turns]
     return [(row["prompt"], row.get("completion") or row["response"])]
 
-
 # --- Training -------------------------------------------------------------------------------------
-
 
 def load_pairs(rows, tokenizer, max_length, name):
     """Rows -> (prompt, completion) pairs, less those whose prompt leaves no room; says how many."""
@@ -134,7 +106,6 @@ def load_pairs(rows, tokenizer, max_length, name):
               f"--max-length {max_length}, cut {cut} that pass it")
     return pairs or (rows and stop(f"{name}: no completion fits in --max-length {max_length}"))
 
-
 def evaluate(model, tokenizer, pairs, max_length, micro_batch_size):
     """Mean loss over all completion tokens of the pairs, nats."""
     total, tokens = 0.0, 0
@@ -147,17 +118,12 @@ def evaluate(model, tokenizer, pairs, max_length, micro_batch_size):
         tokens += num_tokens
     return total / tokens
 
-
 def main(args: Args):
     run = Run(args)
     torch.manual_seed(args.seed)
     device, tokenizer = pick_device(args.device), load_tokenizer(args.model)
     columns = ("messages", "prompt"), ("messages", "completion", "response")
-    rows = load_rows(args.dataset, *columns)
-    if args.eval_dataset:
-        eval_rows = load_rows(args.eval_dataset, *columns)
-    else:
-        rows, eval_rows = hold_out(rows, args.eval_size, args.seed)
+    rows, eval_rows = load_splits(args, lambda path: load_rows(path, *columns))
     model = load_model(AutoModelForCausalLM, args.model, device, args.dtype,
                        args.gradient_checkpointing, args.from_scratch)
     max_length = min(args.max_length, model.context)
@@ -214,7 +180,6 @@ def main(args: Args):
         if step % args.eval_every == 0 or step == num_steps:
             report()
     run.finish(tokenizer, {"final": model})
-
 
 if __name__ == "__main__":
     main(parse_args(Args, TOY))

@@ -44,6 +44,9 @@ def test_the_simulation_leaves_no_weight_uninitialised():
         ("grpo", ["--num-epochs", "2", "--num-minibatches", "2"]),
         ("grpo", ["--supervision", "process", "--reward", f"{ROOT}/toy/make.py:step_rewards"]),
         ("grpo", ["--no-share-prompts", "--micro-batch-size", "3", "--beta", "0"]),
+        ("reinforce_rloo", ["--baseline", "remax"]),
+        ("ppo", ["--num-minibatches", "2", "--micro-batch-size", "2", "--kl-target", "6"]),
+        ("ppo", ["--num-epochs", "1", "--critic-warmup", "1", "--ptx-coef", "1", "--beta", "0"]),
         ("sft", ["--max-length", "30"]),
         ("rm_bt", ["--nll-coef", "0.1", "--center-coef", "0.1"]),
         ("rm_kwise", ["--no-share-prompts"]),
@@ -54,7 +57,10 @@ def test_the_simulation_leaves_no_weight_uninitialised():
 def test_a_script_runs_there(script, flags, tmp_path):
     small = ["--num-prompts", "2", "--num-generations", "2", "--max-new-tokens", "8"]
     small += ["--num-steps", "2", "--eval-size", "4", "--checkpoint-every", "1"]
-    if script != "grpo":
+    if "--ptx-coef" in flags:
+        (tmp_path / "text.jsonl").write_text('{"text": "12345"}\n{"text": "6"}\n{"text": "123"}')
+        small += ["--pretrain-dataset", tmp_path / "text.jsonl"]
+    if script not in ("grpo", "reinforce_rloo", "ppo"):
         name = {"rm_bt": "pref", "rm_kwise": "kwise"}.get(script, script)
         name = "orm" if "outcome" in flags else name
         rows = (ROOT / f"toy/{name}_train.jsonl").read_text().splitlines(True)[:40]

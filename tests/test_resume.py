@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import common
 import grpo
 import prm
+import reinforce_rloo
 import rm_bt
 import rm_kwise
 import sft
@@ -48,7 +49,7 @@ def data(tmp_path_factory):
 def some_args(script, data, output_dir, **changes):
     args = dict(model=TOY, output_dir=str(output_dir), eval_every=2, checkpoint_every=2)
     args |= dict(device="cpu", lr_schedule="constant", learning_rate=1e-3, max_new_tokens=10)
-    if script is grpo:
+    if script is not sft:
         args |= dict(dataset=f"{data}/problems.jsonl", eval_dataset=f"{data}/problems.jsonl")
         args |= dict(reward=f"{data}/reward.py:digits", eval_size=3, num_steps=4, beta=0.01)
         args |= dict(num_prompts=2, num_generations=3, temperature=3.0)  # else all are alike
@@ -105,6 +106,7 @@ UNBROKEN = {
     "grpo": (grpo, {}),
     "grpo, minibatches": (grpo, dict(num_epochs=2, num_minibatches=2)),
     "grpo, schedule": (grpo, dict(lr_schedule="linear")),
+    "reinforce, moving": (reinforce_rloo, dict(baseline="moving")),
     "sft": (sft, {}),
     "sft, schedule": (sft, dict(lr_schedule="cosine", warmup_ratio=0.5)),
 }
@@ -179,7 +181,8 @@ def test_a_kill_in_the_middle_of_a_step(unbroken, data, tmp_path, step):
 def test_a_kill_in_an_evaluation(unbroken, data, tmp_path):
     script, changes, whole = unbroken
     args = some_args(script, data, tmp_path / "run", **changes)
-    stopped_run(script, args, "evaluate", 3)  # after the fourth step
+    name = "evaluate" if script is sft else "greedy_rewards"
+    stopped_run(script, args, name, 3)  # after the fourth step
     resumed(script, args)
     same(tmp_path / "run", whole)
 
