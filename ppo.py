@@ -17,7 +17,6 @@ Differs from the print:
     4. The value of token t is read before it: a baseline that has seen the token is biased.
 
     python ppo.py                                                      # the toy, in two minutes
-    python ppo.py --reward-model runs/rm_bt/final
     python ppo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math_gsm8k_train.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py.
@@ -220,6 +219,8 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     pretrain_texts = [row["text"] for row in load_rows(args.pretrain_dataset, "text")
                       if len(tokenizer(row["text"])["input_ids"]) > 1] if args.ptx_coef else []
+    if args.ptx_coef and not pretrain_texts:
+        stop(f"{args.pretrain_dataset}: no text has two tokens, one to be predicted from the other")
     load = device, args.dtype, args.gradient_checkpointing
     policy = load_model(AutoModelForCausalLM, args.model, *load)
     ref = load_model(AutoModelForCausalLM, args.model, *load[:2]) if args.beta else None
@@ -229,10 +230,9 @@ def main(args: Args):
     optimizer, critic_optimizer = (
         torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0)
         for model, lr in ((policy, args.learning_rate), (critic, args.critic_learning_rate)))
-    scheduler = get_scheduler(args.lr_schedule, optimizer, 0,
-                              max(1, args.num_steps - args.critic_warmup) * updates)
-    critic_scheduler = get_scheduler(args.lr_schedule, critic_optimizer, 0,
-                                     args.num_steps * updates)
+    total, warm_up = (n * updates for n in (args.num_steps, args.critic_warmup))
+    scheduler = get_scheduler(args.lr_schedule, optimizer, 0, max(1, total - warm_up))
+    critic_scheduler = get_scheduler(args.lr_schedule, critic_optimizer, 0, total)
     controller = AdaptiveKLController(args.beta, args.kl_target, args.kl_horizon)
     run.begin({"policy": policy, "optimizer": optimizer, "scheduler": scheduler, "critic": critic,
                "critic_optimizer": critic_optimizer, "critic_scheduler": critic_scheduler,

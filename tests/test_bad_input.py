@@ -12,11 +12,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_tokenizer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import common
 import grpo
+import ppo
+import reinforce_rloo
 import sft
 
 TOY = str(ROOT / "toy" / "model")
@@ -42,7 +44,7 @@ def some_args(script, tmp_path, **changes):
         changes["dataset"] = write_rows(tmp_path / "rows.jsonl", *ROWS)
     args = dict(model=TOY, output_dir=str(tmp_path / "run"), eval_size=0, max_new_tokens=8)
     args |= dict(device="cpu", checkpoint_every=1, learning_rate=1e-3)
-    if script is grpo:
+    if script is not sft:
         args |= dict(num_steps=1, num_prompts=2, num_generations=2)
     else:
         args |= dict(num_epochs=1, batch_size=4, max_length=64)
@@ -68,6 +70,8 @@ def refused(script, tmp_path, *words, run_made=False, **changes):
 
 
 both = pytest.mark.parametrize("script", [grpo, sft], ids=["grpo", "sft"])
+RL = [grpo, reinforce_rloo, ppo]
+every_rl = pytest.mark.parametrize("script", RL, ids=lambda x: x.__name__)
 
 
 # --- The whole program, as a user sees it ---------------------------------------------------------
@@ -331,8 +335,9 @@ def test_chat_messages_without_a_chat_template(script, tmp_path):
 
 def test_a_reward_model_that_is_none(tmp_path):
     (tmp_path / "folder").mkdir()
-    refused(grpo, tmp_path, str(tmp_path / "folder"), reward_model=str(tmp_path / "folder"))
-    refused(grpo, tmp_path, TOY, reward_model=TOY)  # a policy has no score head
+    for script in RL:
+        refused(script, tmp_path, str(tmp_path / "folder"), reward_model=str(tmp_path / "folder"))
+        refused(script, tmp_path, TOY, reward_model=TOY)  # a policy has no score head
 
 
 # --- Values of flags ------------------------------------------------------------------------------
@@ -364,9 +369,31 @@ def test_a_value_that_cannot_be(script, tmp_path, flag, value):
     refused(script, tmp_path, str(value), **{flag: value})
 
 
+@every_rl
 @pytest.mark.parametrize("temperature", [0.0, -1.0])
-def test_sampling_needs_a_temperature(tmp_path, temperature):
-    refused(grpo, tmp_path, "temperature", temperature=temperature)
+def test_sampling_needs_a_temperature(script, tmp_path, temperature):
+    refused(script, tmp_path, "temperature", temperature=temperature)
+
+
+def test_leaving_one_out_needs_two(tmp_path):
+    refused(reinforce_rloo, tmp_path, "num-generations 1", num_generations=1)
+    reinforce_rloo.main(some_args(reinforce_rloo, tmp_path, num_generations=1, baseline="batch"))
+
+
+def test_a_critic_of_another_vocabulary(tmp_path):
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, vocab_size=300)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    make_tokenizer().save_pretrained(tmp_path / "gpt2")
+    words = str(tmp_path / "gpt2"), "vocabulary", "--critic-model"
+    refused(ppo, tmp_path, *words, critic_model=str(tmp_path / "gpt2"))
+
+
+def test_pretraining_gradients_need_text(tmp_path):
+    refused(ppo, tmp_path, "no such file", ptx_coef=1.0)
+    path = write_rows(tmp_path / "text.jsonl", {"text": "12"}, {"txt": "34"})
+    refused(ppo, tmp_path, f"{path}, line 2", "no text", ptx_coef=1.0, pretrain_dataset=path)
+    path = write_rows(tmp_path / "short.jsonl", {"text": "1"})
+    refused(ppo, tmp_path, path, "two tokens", ptx_coef=1.0, pretrain_dataset=path)
 
 
 def test_no_samples_is_no_mistake(tmp_path):
@@ -435,10 +462,11 @@ BODIES = {
 }
 
 
+@every_rl
 @pytest.mark.parametrize("body, words", BODIES.values(), ids=BODIES)
-def test_a_reward_function_that_misbehaves(tmp_path, body, words):
+def test_a_reward_function_that_misbehaves(script, tmp_path, body, words):
     reward = reward_file(tmp_path, body)
-    text = refused(grpo, tmp_path, reward, words, run_made=True, reward=reward)
+    text = refused(script, tmp_path, reward, words, run_made=True, reward=reward)
     if "raise " in body or "rows]" in body:
         assert "reward.py:5" in text  # where in the file
 
@@ -467,6 +495,12 @@ def test_process_supervision_needs_a_reward_of_steps(tmp_path):
 def test_step_rewards_without_process_supervision(tmp_path, counts):
     body = f"return [[1.0] * ({counts}) for i, _ in enumerate(rows)]"
     refused(grpo, tmp_path, "--supervision", run_made=True, reward=reward_file(tmp_path, body))
+
+
+@pytest.mark.parametrize("script", [reinforce_rloo, ppo], ids=lambda x: x.__name__)
+def test_rewards_of_steps_where_one_number_is_needed(script, tmp_path):
+    reward = reward_file(tmp_path, "return [[1.0, 0.0] for _ in rows]")
+    refused(script, tmp_path, "list", "one number", run_made=True, reward=reward)
 
 
 @pytest.mark.parametrize("supervision", ["outcome", "process"])
