@@ -1,0 +1,56 @@
+"""Curves of runs: a metric of metrics.jsonl against the step, or against another metric.
+
+    python benchmarks/plot.py --y reward --x kl --out figure.png rloo=runs/a,runs/b ppo=runs/c
+
+Each LABEL=FOLDER,FOLDER,... is one curve: the mean over its runs, its band from their least to
+their greatest. Needs matplotlib.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+
+@dataclass
+class Args:
+    curves: tyro.conf.Positional[tuple[str, ...]]
+    """LABEL=FOLDER,FOLDER,... each"""
+    y: str  # metric
+    x: str = "step"  # metric, or step
+    out: str = "figure.png"  # file of the figure
+    window: int = 1  # steps of the moving mean
+    log_y: bool = False  # logarithmic axis
+    title: str = ""  # above the figure
+
+
+def load(folder, names, window):
+    """Run folder -> (names, N): the steps that have all of these metrics, in moving means."""
+    rows = [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
+    rows = [[row[name] for name in names] for row in rows if all(name in row for name in names)]
+    return torch.tensor(rows, dtype=torch.float32).T.unfold(1, window, 1).mean(-1)
+
+
+def main(args: Args):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=args.x, ylabel=args.y, title=args.title)
+    for curve in args.curves:
+        label, _, folders = curve.partition("=")
+        runs = [load(folder, (args.x, args.y), args.window) for folder in folders.split(",")]
+        n = min(run.shape[1] for run in runs)
+        x, y = torch.stack([run[:, :n] for run in runs], dim=1)  # (runs, n) each
+        (line,) = axes.plot(x.mean(0), y.mean(0), label=label)
+        if args.x == "step":
+            axes.fill_between(x[0], y.min(0).values, y.max(0).values, alpha=0.2,
+                              color=line.get_color())
+        print(f"{label}: last {args.y} {y[:, -1].mean():.4g}, {args.x} {x[:, -1].mean():.4g}")
+    axes.legend()
+    if args.log_y:
+        axes.set_yscale("log")
+    figure.savefig(args.out, dpi=110)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
