@@ -155,6 +155,11 @@ class Run:
             row = {"step": self.step, "prompt": p, "completion": c, "reward": r}
             self._append("samples.jsonl", row)
 
+    def write_rows(self, name, rows):
+        """A file of JSON Lines in the run's folder, in one move; name may have a folder in it."""
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        self._replace(name, lambda new: new.write_text(text))
+
     def checkpoint(self):
         """Save the parts, the random states and the step, so that --resume goes on bit for bit."""
         state = {name: part.state_dict() if hasattr(part, "state_dict") else vars(part)
