@@ -140,7 +140,7 @@ class Run:
         """A row of metrics.jsonl; `show` names the figures of the progress bar or printed lines."""
         row = {k: float(f"{float(v):.6g}") for k, v in metrics.items() if math.isfinite(v)}
         row |= {"step": self.step, "seconds": round(time.time() - self.start, 3)}
-        self._append("metrics.jsonl", row)
+        self.append("metrics.jsonl", [row])
         figures = {k: f"{row[k]:.4g}" for k in show if k in row}
         if sys.stderr.isatty() and self.step:
             self.bar.set_postfix(figures)
@@ -152,8 +152,14 @@ class Run:
     def samples(self, prompts, completions, rewards=()):
         """Rows of samples.jsonl: what a person should read now and then."""
         for p, c, r in zip(prompts, completions, rewards or [None] * len(prompts), strict=True):
-            row = {"step": self.step, "prompt": p, "completion": c, "reward": r}
-            self._append("samples.jsonl", row)
+            self.append("samples.jsonl", [{"step": self.step, "prompt": p, "completion": c,
+                                           "reward": r}])
+
+    def append(self, name, rows):
+        """Add rows to a file of JSON Lines in the run's folder."""
+        with stop_on_error(f"cannot write {self.folder / name}"):
+            with open(self.folder / name, "a") as f:
+                f.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def write_rows(self, name, rows):
         """A file of JSON Lines in the run's folder, in one move; name may have a folder in it."""
@@ -188,11 +194,6 @@ class Run:
             axes.hist([*values.values()], bins=30, label=[*values], stacked=True)
             axes.legend()
             figure.savefig(self.folder / "reward_histogram.png")
-
-    def _append(self, name, row):
-        with stop_on_error(f"cannot write {self.folder / name}"):
-            with open(self.folder / name, "a") as f:
-                f.write(json.dumps(row) + "\n")
 
     def _replace(self, name, write):
         path, new = self.folder / name, self.folder / f"{name}.new"
