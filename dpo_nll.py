@@ -13,8 +13,8 @@ Differs from the print:
     2. 8.3 prints the margin outside the sigmoid, where it has no gradient. It is inside.
     3. Only the NLL is divided by the completion's length; DPO sums over its tokens.
 
-    python dpo_nll.py                                                  # pairs of the toy
-    python dpo_nll.py --iterations 3 --dataset toy/problems_train.jsonl  # Iterative RPO on it
+    python dpo_nll.py                                     # the toy's pairs, in a minute
+    python dpo_nll.py --iterations 3 --dataset toy/problems_train.jsonl        # Iterative RPO
     python dpo_nll.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset pref_hh_harmless.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py.
@@ -39,8 +39,8 @@ from common import (Run, check_prompts, completion_logps, encode, encode_prompt,
 class Args:
     model: str  # policy to train, and its first reference: a folder or a name on the hub
     dataset: str
-    """JSON Lines or owner/name:split of the hub: `prompt`, `chosen`, `rejected`, and what the loss
-    asks for: `margin`, or `score_chosen` and `score_rejected`; `prompt` for --iterations"""
+    """JSON Lines or owner/name:split of the hub: `prompt`, `chosen`, `rejected`, for some losses
+    `margin` or `score_chosen`, `score_rejected`; for --iterations `prompt` and `answer`"""
     eval_dataset: str = ""  # held-out rows of the same form; else --eval-size prompts of --dataset
     eval_prompts: str = ""  # rows with `prompt` and what --reward reads, for greedy answers
     output_dir: str = "runs/dpo_nll"  # folder of the run: metrics, pairs, checkpoint, final model
@@ -61,13 +61,11 @@ class Args:
     label_smoothing: float = 0.0  # of dpo: chance that a pair is the wrong way round (cDPO)
     eta: float = 1.0  # of rpo and rebel: scale of the rows' rewards
     normalize_length: bool = False  # divide a completion's log-prob by its tokens (Tulu 3, beta 5)
-    precompute_ref: bool = True
-    """the reference's log-probs are computed once and kept; no: the model is kept, same result"""
+    precompute_ref: bool = True  # keep the reference's log-probs; no: the model; same result
 
     iterations: int = 0  # of: sample, pair by reward, train, be the reference; 0: use the pairs
     reward: str = "verifier"
-    """of --iterations and --eval-prompts. verifier: 1 if the last number is `answer`; or
-    FILE.py:function, called with the lists prompts, completions, rows, returning as many numbers"""
+    """verifier: 1 if the last number is `answer`; or FILE.py:function(prompts, completions, rows)"""
     reward_model: str = ""  # folder of a reward model, used in place of --reward
     num_prompts: int = 1024  # prompts sampled an iteration
     num_generations: int = 8  # completions sampled of each (Pang 2024: 30)
@@ -94,8 +92,7 @@ TOY = dict(model="toy/model", dataset="toy/pref_train.jsonl", eval_dataset="toy/
            micro_batch_size=128, learning_rate=1e-4)
 
 # --- The algorithm --------------------------------------------------------------------------------
-# chosen, rejected, ref_chosen, ref_rejected (N,): log pi and log pi_ref of whole completions. The
-# implicit reward of one is beta log(pi / pi_ref), and delta the difference of a pair's log-ratios.
+# All (N,): log-probs of whole completions. The implicit reward of one is beta log(pi / pi_ref).
 
 def log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected):
     """delta = log pi/ref(y_c) - log pi/ref(y_r): four times (N,) -> (N,). Book 8.2."""
@@ -156,18 +153,15 @@ def to_pair(row):
 
 def read_pairs(path, loss):
     """File -> list of {prompt, chosen, rejected, margin, gap}."""
-    columns = ["score_chosen", "score_rejected"] * (loss in ("rpo", "rebel"))
-    pairs = []
+    pairs, columns = [], ["score_chosen", "score_rejected"] * (loss in ("rpo", "rebel"))
     for n, row in enumerate(load_rows(path, "prompt", "chosen", "rejected", *columns), 1):
         with stop_on_error(f"{path}, row {n}: cannot be read"):
             chosen, rejected = to_pair(row)
             if not chosen.strip() or not rejected.strip():
                 raise ValueError("an empty completion")
             gap = float(row["score_chosen"]) - float(row["score_rejected"]) if columns else 0.0
-            pair = {"margin": float(row.get("margin") or 0.0), "gap": gap}
-            if not math.isfinite(sum(pair.values())):
-                raise ValueError(f"{pair}: not finite")
-        pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, **pair})
+            pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected,
+                          "margin": float(row.get("margin") or 0.0), "gap": gap})
     return pairs
 
 def keep_different(pairs, tokenizer, max_length, name):
@@ -215,16 +209,14 @@ def collate(pairs, tokenizer, max_length):
                    [[pair["chosen"], pair["rejected"]] for pair in pairs], max_length)
     return batch, *(torch.tensor([pair[key] for pair in pairs]) for key in ("margin", "gap"))
 
-def pair_logps(model, batch, args):
-    """Log-probs of the chosen and the rejected completions, no gradient -> (N, 2)."""
-    logps = fixed_logps(model, batch, 1.0, args.micro_batch_size, args.share_prompts)
-    return sequence_logps(logps, batch.completion_mask, args.normalize_length).view(-1, 2)
-
 def all_logps(model, tokenizer, pairs, max_length, args):
-    """`pair_logps` of a list of pairs -> (N, 2) on the CPU."""
-    parts = (pairs[i:i + args.batch_size] for i in range(0, len(pairs), args.batch_size))
-    batches = (collate(part, tokenizer, max_length)[0].to(model.device) for part in parts)
-    return torch.cat([pair_logps(model, batch, args).cpu() for batch in batches])
+    """Log-probs of the chosen and the rejected completions, no gradient -> (N, 2) on the CPU."""
+    rows = []
+    for i in range(0, len(pairs), args.batch_size):
+        batch = collate(pairs[i:i + args.batch_size], tokenizer, max_length)[0].to(model.device)
+        logps = fixed_logps(model, batch, 1.0, args.micro_batch_size, args.share_prompts)
+        rows.append(sequence_logps(logps, batch.completion_mask, args.normalize_length).cpu())
+    return torch.cat(rows).view(-1, 2)
 
 def main(args: Args):
     run = Run(args)
@@ -242,14 +234,12 @@ def main(args: Args):
     rows, eval_pairs = [], []
     if args.iterations:
         rows = load_rows(args.dataset, *columns)
-        check_prompts(tokenizer, policy, rows, args.max_new_tokens)
-        num_pairs = args.num_pairs
     else:
         pairs, eval_pairs = load_splits(args, lambda path: read_pairs(path, args.loss))
         pairs = keep_different(pairs, tokenizer, max_length, args.dataset)
         eval_pairs = keep_different(eval_pairs, tokenizer, max_length, args.eval_dataset)
-        num_pairs = len(pairs)
-    check_prompts(tokenizer, policy, eval_rows, args.max_new_tokens)
+    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
+    num_pairs = args.num_pairs if args.iterations else len(pairs)
     ref = None if args.precompute_ref else load_model(*load)
     steps_each = math.ceil(num_pairs * args.num_epochs / args.batch_size)  # in an iteration
     num_steps = steps_each * max(1, args.iterations)
@@ -306,16 +296,15 @@ def main(args: Args):
         start = time.time()
         # 1. Draw the pairs of this step; a new iteration has pairs and a reference of its own
         iteration, k = divmod(step - 1, steps_each)
-        if k == 0:
-            current = new_pairs(iteration)
-        elif not current:  # resumed
-            current = load_rows(run.folder / "pairs" / f"{iteration}.jsonl")
-        order = [i for epoch in range(args.num_epochs) for i in random.Random(
-            f"{args.seed} {iteration} {epoch}").sample(range(num_pairs), num_pairs)]
+        if k == 0 or not current:  # not: resumed
+            current = new_pairs(iteration) if k == 0 else load_rows(
+                run.folder / "pairs" / f"{iteration}.jsonl")
+            order = [i for epoch in range(args.num_epochs) for i in random.Random(
+                f"{args.seed} {iteration} {epoch}").sample(range(num_pairs), num_pairs)]
         drawn = [current[i] for i in order[k * args.batch_size:(k + 1) * args.batch_size]]
         batch, margins, gaps = (x.to(device) for x in collate(drawn, tokenizer, max_length))
-        ref_logps = pair_logps(ref, batch, args) if ref else torch.tensor(
-            [pair["ref_logps"] for pair in drawn], device=device)  # (N, 2)
+        ref_logps = (all_logps(ref, tokenizer, drawn, max_length, args) if ref else
+                     torch.tensor([pair["ref_logps"] for pair in drawn])).to(device)  # (N, 2)
 
         # 2. Log-probs and loss; each micro-batch weighs as much as its share of the step's pairs
         loss, nll, logps = 0.0, 0.0, torch.zeros_like(ref_logps)

@@ -59,10 +59,11 @@ class Args:
     prompts, completions, rows and returning a number for each"""
     reward_model: str = ""  # folder of a reward model, used in place of --reward
     rounds: int = 1  # of sampling and training, each from the policy of the one before
-    num_prompts: int = 0  # M, prompts a round; 0: all of the dataset
+    num_prompts: int = 1024  # M, prompts a round, at most
     num_generations: int = 16  # N, completions a prompt (book: 10 to 30)
     completions: str = ""
     """file of candidates of other models, beside the sampled ones: `prompt` and `completion`"""
+    sample: bool = True  # no: candidates of --completions alone
     max_new_tokens: int = 256  # longest completion, in tokens
     temperature: float = 1.0  # of sampling (book: 0.7 to 1.0)
     select: Literal["per-prompt", "overall", "random-per-prompt", "random-overall"] = "per-prompt"
@@ -141,18 +142,18 @@ def sample_candidates(policy, tokenizer, score, rows, others, run, name):
     """-> [{prompt, completions, rewards}, ...], one for each row: --num-generations sampled, and
     those of `others`, {prompt: texts}. They go into the file `name` of the run's folder as they
     come, and what is there is not sampled again."""
-    args, path = run.args, run.folder / name
-    size = max(1, args.micro_batch_size // max(1, args.num_generations))  # prompts at a time
+    args, path, N = run.args, run.folder / name, run.args.num_generations
+    size = max(1, args.micro_batch_size // N)  # prompts at a time
     text = path.read_text() if path.exists() else ""
     lines = text[:text.rfind("\n") + 1].splitlines()  # a kill leaves a line without an end
     whole = len(lines) if len(lines) == len(rows) else len(lines) // size * size
     groups = [json.loads(line) for line in lines[:whole]]
     run.write_rows(name, groups)
     for i in range(len(groups), len(rows), size):
-        part, N = rows[i:i + size], args.num_generations
+        part = rows[i:i + size]
         torch.manual_seed(random.Random(f"{args.seed} {name} {i}").getrandbits(32))
         sampled = generate(policy, tokenizer, [row["prompt"] for row in part], N,
-                           args.max_new_tokens, args.temperature)[1] if N else []
+                           args.max_new_tokens, args.temperature)[1] if args.sample else []
         new = [{"prompt": row["prompt"], "completions":
                 sampled[j * N:(j + 1) * N] + others.get(str(row["prompt"]), [])}
                for j, row in enumerate(part)]
@@ -180,9 +181,8 @@ def draw_best_of_n(run, rewards):
         figure.savefig(run.folder / "best_of_n.png")
 
 def reward_table(groups):
-    """Groups of candidates -> rewards (M, N), -inf where a prompt has fewer or a text is empty."""
-    rows = [[r if text.strip() else -math.inf for r, text in zip(group["rewards"],
-             group["completions"], strict=True)] for group in groups]
+    """Groups of candidates -> rewards (M, N), -inf where a prompt has fewer."""
+    rows = [group["rewards"] for group in groups]
     N = max(map(len, rows))
     return torch.tensor([row + [-math.inf] * (N - len(row)) for row in rows])
 
@@ -213,7 +213,7 @@ def main(args: Args):
     torch.manual_seed(args.seed)
     random.seed(args.seed)  # for a --reward of yours
     device, tokenizer = pick_device(args.device), load_tokenizer(args.model)
-    if not args.temperature or not (args.num_generations or args.completions):
+    if not args.temperature or not (args.sample or args.completions):
         stop("--temperature 0, or no candidates: they must be sampled, or be in --completions")
     verified = args.reward == "verifier" and not args.reward_model
     columns = ("prompt", "answer") if verified else ("prompt",)
@@ -227,10 +227,10 @@ def main(args: Args):
     load = AutoModelForCausalLM, args.model, device, args.dtype
     policy = load_model(*load, args.gradient_checkpointing)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
-    if not args.num_generations:  # only prompts that others have answered
+    if not args.sample:  # only prompts that others have answered
         rows = [row for row in rows if str(row["prompt"]) in others] or stop(
             f"{args.completions}: none of its prompts is in {args.dataset}")
-    M = min(args.num_prompts, len(rows)) or len(rows)
+    M = min(args.num_prompts, len(rows))
     K = args.top_k if args.top_k and args.select.endswith("overall") else M
     steps_each = math.ceil(K * args.num_epochs / args.batch_size) if args.train else 0  # of a round
     num_steps = steps_each * args.rounds
@@ -268,8 +268,8 @@ def main(args: Args):
                                    f"candidates/{i}.jsonl")
         rewards = reward_table(groups)
         there = rewards > -math.inf
-        if not there.any(1).all() or K > there.sum():
-            stop(f"a prompt without a completion, or fewer than --top-k {K} of them in all")
+        if K > there.sum():
+            stop(f"--top-k {K}: there are {there.sum()} candidates")
         generator = torch.Generator().manual_seed(args.seed + i)
         blind = args.select if args.select.startswith("random") else f"random-{args.select}"
         places = {"policy": choose(args.select, rewards, K, generator),
