@@ -65,7 +65,7 @@ class Args:
 
     iterations: int = 0  # of: sample, pair by reward, train, be the reference; 0: use the pairs
     reward: str = "verifier"
-    """verifier: 1 if the last number is `answer`; or FILE.py:function(prompts, completions, rows)"""
+    """verifier: is `answer` the last number? Or FILE.py:function(prompts, completions, rows)"""
     reward_model: str = ""  # folder of a reward model, used in place of --reward
     num_prompts: int = 1024  # prompts sampled an iteration
     num_generations: int = 8  # completions sampled of each (Pang 2024: 30)
@@ -231,13 +231,11 @@ def main(args: Args):
     policy = load_model(*load, args.gradient_checkpointing)
     max_length = min(args.max_length, policy.context)
     eval_rows = load_rows(args.eval_prompts, *columns)[:args.eval_size] if args.eval_prompts else []
-    rows, eval_pairs = [], []
-    if args.iterations:
-        rows = load_rows(args.dataset, *columns)
-    else:
-        pairs, eval_pairs = load_splits(args, lambda path: read_pairs(path, args.loss))
-        pairs = keep_different(pairs, tokenizer, max_length, args.dataset)
-        eval_pairs = keep_different(eval_pairs, tokenizer, max_length, args.eval_dataset)
+    rows = load_rows(args.dataset, *columns) if args.iterations else []
+    pairs, eval_pairs = ([], []) if args.iterations else load_splits(
+        args, lambda path: read_pairs(path, args.loss))
+    pairs = keep_different(pairs, tokenizer, max_length, args.dataset)
+    eval_pairs = keep_different(eval_pairs, tokenizer, max_length, args.eval_dataset)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
     num_pairs = args.num_pairs if args.iterations else len(pairs)
     ref = None if args.precompute_ref else load_model(*load)
