@@ -47,6 +47,9 @@ def test_the_simulation_leaves_no_weight_uninitialised():
         ("reinforce_rloo", ["--baseline", "remax"]),
         ("ppo", ["--num-minibatches", "2", "--micro-batch-size", "2", "--kl-target", "6"]),
         ("ppo", ["--num-epochs", "1", "--critic-warmup", "1", "--ptx-coef", "1", "--beta", "0"]),
+        ("rejection_sampling", ["--select", "overall", "--top-k", "3", "--rounds", "2"]),
+        ("dpo_nll", ["--iterations", "2", "--num-pairs", "4", "--temperature", "3"]),
+        ("dpo_nll", ["--no-precompute-ref", "--loss", "ipo", "--micro-batch-size", "5"]),
         ("sft", ["--max-length", "30"]),
         ("rm_bt", ["--nll-coef", "0.1", "--center-coef", "0.1"]),
         ("rm_kwise", ["--no-share-prompts"]),
@@ -60,8 +63,14 @@ def test_a_script_runs_there(script, flags, tmp_path):
     if "--ptx-coef" in flags:
         (tmp_path / "text.jsonl").write_text('{"text": "12345"}\n{"text": "6"}\n{"text": "123"}')
         small += ["--pretrain-dataset", tmp_path / "text.jsonl"]
-    if script not in ("grpo", "reinforce_rloo", "ppo"):
-        name = {"rm_bt": "pref", "rm_kwise": "kwise"}.get(script, script)
+    if script == "rejection_sampling":
+        small = [*small[:6], *small[8:]]
+    if "--iterations" in flags:
+        (tmp_path / "len.py").write_text("def f(p, c, r):\n    return [len(set(x)) for x in c]")
+        small = [*small[:6], "--dataset", ROOT / "toy/problems_train.jsonl"]
+        small += ["--reward", f"{tmp_path}/len.py:f", "--eval-size", "4"]
+    elif script not in ("grpo", "reinforce_rloo", "ppo", "rejection_sampling"):
+        name = {"rm_bt": "pref", "rm_kwise": "kwise", "dpo_nll": "pref"}.get(script, script)
         name = "orm" if "outcome" in flags else name
         rows = (ROOT / f"toy/{name}_train.jsonl").read_text().splitlines(True)[:40]
         (tmp_path / "d.jsonl").write_text("".join(rows))
