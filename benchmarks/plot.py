@@ -5,6 +5,7 @@
 Each LABEL=FOLDER,FOLDER,... is one curve: the mean over its runs, its band from their least to
 their greatest. Needs matplotlib.
 """
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import tyro
 class Args:
     curves: tyro.conf.Positional[tuple[str, ...]]
     """LABEL=FOLDER,FOLDER,... each"""
-    y: str  # metric
+    y: tuple[str, ...]  # metric, or several: each has its curve
     x: str = "step"  # metric, or step
     out: str = "figure.png"  # file of the figure
     window: int = 1  # steps of the moving mean
@@ -35,17 +36,18 @@ def load(folder, names, window):
 def main(args: Args):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel=args.x, ylabel=args.y, title=args.title)
-    for curve in args.curves:
+    axes = figure.add_subplot(xlabel=args.x, ylabel=", ".join(args.y), title=args.title)
+    for curve, name in itertools.product(args.curves, args.y):
         label, _, folders = curve.partition("=")
-        runs = [load(folder, (args.x, args.y), args.window) for folder in folders.split(",")]
+        label += f" {name}" * (len(args.y) > 1)
+        runs = [load(folder, (args.x, name), args.window) for folder in folders.split(",")]
         n = min(run.shape[1] for run in runs)
         x, y = torch.stack([run[:, :n] for run in runs], dim=1)  # (runs, n) each
         (line,) = axes.plot(x.mean(0), y.mean(0), label=label)
         if args.x == "step":
             axes.fill_between(x[0], y.min(0).values, y.max(0).values, alpha=0.2,
                               color=line.get_color())
-        print(f"{label}: last {args.y} {y[:, -1].mean():.4g}, {args.x} {x[:, -1].mean():.4g}")
+        print(f"{label}: last {name} {y[:, -1].mean():.4g}, {args.x} {x[:, -1].mean():.4g}")
     axes.legend()
     if args.log_y:
         axes.set_yscale("log")

@@ -182,8 +182,10 @@ def test_step_ends():
 # --- Training -------------------------------------------------------------------------------------
 
 
-def test_lr_0_keeps_ratio_1_and_kl_0(tmp_path):
-    args = tiny_args(tmp_path, learning_rate=0.0, num_epochs=2, num_minibatches=2)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_lr_0_keeps_ratio_1_and_kl_0(tmp_path, temperature):
+    args = tiny_args(tmp_path, learning_rate=0.0, num_epochs=2, num_minibatches=2,
+                     temperature=temperature)  # fmt: skip
     for row in run(args)[0]:
         assert abs(row["kl"]) < 1e-4 and abs(row["kl_per_token"]) < 1e-5
         assert row["clip_frac"] == 0 and abs(row["approx_kl"]) < 1e-8

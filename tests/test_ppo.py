@@ -229,9 +229,22 @@ def test_critic_warmup_leaves_the_policy(tmp_path):
 # --- Training -------------------------------------------------------------------------------------
 
 
-def test_lr_0_keeps_ratio_1_and_kl_0(tmp_path):
-    for row in run(tiny_args(tmp_path, learning_rate=0.0)):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_lr_0_keeps_ratio_1_and_kl_0(tmp_path, temperature):
+    for row in run(tiny_args(tmp_path, learning_rate=0.0, temperature=temperature)):
         assert abs(row["kl"]) < 1e-4 and row["clip_frac"] == 0 and abs(row["approx_kl"]) < 1e-8
+
+
+def test_returns_come_from_advantages_that_are_not_whitened(tmp_path, monkeypatch):
+    """With gamma = lam = 1 and no KL, the return of every token is the completion's score."""
+    seen, loss = [], ppo.ppo_value_loss
+    monkeypatch.setattr(ppo, "ppo_value_loss", lambda *a: seen.append(a) or loss(*a))
+    run(tiny_args(tmp_path, lam=1.0, beta=0.0, num_steps=1))
+    for _, old_values, returns, weights, _ in seen:
+        there = weights > 0
+        assert (old_values[there] != returns[there]).any()
+        assert ((returns[there] - returns[there].round()).abs() < 1e-5).all()
+        assert set(returns[there].round().tolist()) <= {0.0, 1.0}
 
 
 def test_later_minibatches_have_another_ratio(tmp_path):

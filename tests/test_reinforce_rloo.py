@@ -126,23 +126,24 @@ def test_a_baseline_lowers_the_variance():
 # --- Training -------------------------------------------------------------------------------------
 
 
-def test_the_gradient_is_that_of_the_textbook(tmp_path):
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_gradient_is_that_of_the_textbook(tmp_path, temperature):
     """One step of main from the first weights, beside a loop over single sequences, plain RLOO."""
-    args = tiny_args(tmp_path, num_steps=1, beta=0.0, learning_rate=0.0)
+    args = tiny_args(tmp_path, num_steps=1, beta=0.0, learning_rate=0.0, temperature=temperature)
     row = run(args)[0]
     torch.manual_seed(args.seed)
     tokenizer = rr.load_tokenizer(args.model)
     policy = rr.load_model(rr.AutoModelForCausalLM, args.model, torch.device("cpu"))
     drawn = rr.random.Random(f"{args.seed} 1").sample(rr.load_rows(args.dataset), 4)
     prompts = [r["prompt"] for r in drawn]
-    batch, texts, _ = rr.generate(policy, tokenizer, prompts, 4, args.max_new_tokens, 1.0)
+    batch, texts, _ = rr.generate(policy, tokenizer, prompts, 4, args.max_new_tokens, temperature)
     right = [float(t.split("\n")[-1] == drawn[i // 4]["answer"]) for i, t in enumerate(texts)]
     loss = 0.0
     for i in range(len(texts)):
         others = [right[j] for j in range(i // 4 * 4, i // 4 * 4 + 4) if j != i]
         prompt = batch.prompt_ids[i // 4][batch.prompt_mask[i // 4]].tolist()
         ids = batch.completion_ids[i][batch.completion_mask[i]].tolist()
-        logp = policy(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+        logp = (policy(torch.tensor([prompt + ids])).logits[0] / temperature).log_softmax(-1)
         chosen = sum(logp[len(prompt) - 1 + t, token] for t, token in enumerate(ids))
         loss = loss - (right[i] - sum(others) / 3) * chosen / 16
     loss.backward()
