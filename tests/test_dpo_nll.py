@@ -133,6 +133,15 @@ def test_alpha_weighs_the_nll_and_0_is_plain_dpo(tmp_path):
         assert row["loss"] == pytest.approx(math.log(2) + a * row["nll"], rel=1e-4)
 
 
+def test_the_nll_is_that_of_the_chosen_completions(tmp_path):
+    args = tiny_args(tmp_path, batch_size=16, normalize_length=True)
+    tokenizer = common.load_tokenizer(args.model)
+    model = common.load_model(dpo_nll.AutoModelForCausalLM, args.model, torch.device("cpu"))
+    pairs = [dict(row, gap=0.0) for row in toy_rows(16)]
+    want = -dpo_nll.all_logps(model, tokenizer, pairs, 64, args)[:, 0].mean().item()
+    assert steps(run(args))[0]["nll"] == pytest.approx(want, rel=1e-4)
+
+
 def test_log_probs_by_a_plain_forward_and_the_rejected_leaves_the_chosen():
     args = dpo_nll.Args(model="", dataset="")
     tokenizer = common.load_tokenizer(ROOT / "toy/model")
@@ -156,14 +165,19 @@ def test_log_probs_by_a_plain_forward_and_the_rejected_leaves_the_chosen():
 @pytest.mark.parametrize(
     "changes",
     [dict(precompute_ref=False), dict(micro_batch_size=3), dict(share_prompts=False),
-     dict(loss="ipo"), dict(loss="dpo", normalize_length=True, beta=5.0)],
+     dict(loss="ipo", micro_batch_size=3), dict(margin_scale=9.0, micro_batch_size=3, alpha=0.0),
+     dict(loss="rpo", eta=3.0, micro_batch_size=3), dict(normalize_length=True, beta=5.0)],
 )  # fmt: skip
 def test_how_it_is_computed_changes_nothing(tmp_path, changes):
-    """A kept reference, micro-batches, plain prompts; under other losses too."""
+    """A kept reference, micro-batches, plain prompts; with margins and rewards of each row."""
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-    loss = {k: changes[k] for k in changes if k in ("loss", "normalize_length", "beta")}
-    one = steps(run(tiny_args(tmp_path / "a", **loss, share_prompts=not loss)))
+    rows = [row | {"score_chosen": i % 3, "score_rejected": -1, "margin": i % 5 / 5}
+            for i, row in enumerate(toy_rows(16))]  # fmt: skip
+    changes = changes | {"dataset": write(tmp_path / "scored.jsonl", rows)}
+    how = "precompute_ref", "micro_batch_size", "share_prompts"
+    loss = {k: changes[k] for k in changes if k not in how}
+    one = steps(run(tiny_args(tmp_path / "a", **loss)))
     two = steps(run(tiny_args(tmp_path / "b", **changes)))
     assert len(one) == 2 and one[1]["margin"] != 0
     for a, b in zip(one, two, strict=True):
