@@ -174,7 +174,8 @@ def test_how_it_is_computed_changes_nothing(tmp_path, changes):
         (tmp_path / name).mkdir()
     rows = [row | {"score_chosen": i % 3, "score_rejected": -1, "margin": i % 5 / 5}
             for i, row in enumerate(toy_rows(16))]  # fmt: skip
-    changes = changes | {"dataset": write(tmp_path / "scored.jsonl", rows)}
+    rows = write(tmp_path / "scored.jsonl", rows)
+    changes = changes | {"dataset": rows, "eval_dataset": rows}
     how = "precompute_ref", "micro_batch_size", "share_prompts"
     loss = {k: changes[k] for k in changes if k not in how}
     one = steps(run(tiny_args(tmp_path / "a", **loss)))
