@@ -22,13 +22,15 @@ class Args:
     x: str = "step"  # metric, or step
     out: str = "figure.png"  # file of the figure
     window: int = 1  # steps of the moving mean
+    num_steps: int = 0  # the first ones only; 0: all
     log_y: bool = False  # logarithmic axis
     title: str = ""  # above the figure
 
 
-def load(folder, names, window):
+def load(folder, names, window, num_steps=0):
     """Run folder -> (names, N): the steps that have all of these metrics, in moving means."""
     rows = [json.loads(line) for line in open(Path(folder) / "metrics.jsonl")]
+    rows = [row for row in rows if not num_steps or row["step"] <= num_steps]
     rows = [[row[name] for name in names] for row in rows if all(name in row for name in names)]
     return torch.tensor(rows, dtype=torch.float32).T.unfold(1, window, 1).mean(-1)
 
@@ -40,7 +42,8 @@ def main(args: Args):
     for curve, name in itertools.product(args.curves, args.y):
         label, _, folders = curve.partition("=")
         label += f" {name}" * (len(args.y) > 1)
-        runs = [load(folder, (args.x, name), args.window) for folder in folders.split(",")]
+        runs = [load(folder, (args.x, name), args.window, args.num_steps)
+                for folder in folders.split(",")]
         n = min(run.shape[1] for run in runs)
         x, y = torch.stack([run[:, :n] for run in runs], dim=1)  # (runs, n) each
         (line,) = axes.plot(x.mean(0), y.mean(0), label=label)
