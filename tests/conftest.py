@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # two threads each of two workers get into each other's way
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
