@@ -108,14 +108,16 @@ def select_random(rewards, k=None, generator=None):
         return torch.multinomial(there, 1, generator=generator)[:, 0]
     return torch.multinomial(there.flatten(), k, generator=generator)
 
-def best_of_n_reward(rewards, n):
-    """(M, N) -> mean over prompts of the expected best reward among n of the N completions.
+def best_of_n_reward(rewards, n, values=None):
+    """(M, N) -> mean over prompts of the expected best reward among n of the N completions; or of
+    what `values` (M, N) has at it, say a reward that did not choose.
 
     Over all choices of n, the i-th worst, from 0, is the best one in C(i, n - 1) / C(N, n). Book
     10.3."""
-    N = rewards.shape[1]
+    order, N = rewards.argsort(1), rewards.shape[1]
     weights = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])
-    return (rewards.sort(1).values * weights).sum(1).mean()
+    values = rewards if values is None else values
+    return (values.gather(1, order) * weights).sum(1).mean()
 
 def best_of_n_kl(n):
     """KL(best of n || policy) = log n - (n - 1) / n, nats; a bound, exact without ties. 10.3."""

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import ROOT, generate, load_model, load_reward, load_rows, load_tokenizer
 from plot import load
-from ppo import verifier
+from rejection_sampling import best_of_n_kl, best_of_n_reward, verifier
 
 
 @dataclass
@@ -36,17 +36,6 @@ class Args:
     out: str = "over_optimisation.png"  # file of the figure
 
 
-def best_of(n, order, values):
-    """Mean of `values` at the best of n completions, over all choices of n of a prompt's (P, G).
-
-    order: their places by score, worst first. The best of n is the i-th worst of G in
-    C(i, n - 1) / C(G, n) of the choices, i from 0. Ties go to the one that `order` puts later.
-    """
-    G = order.shape[1]
-    weights = torch.tensor([math.comb(i, n - 1) / math.comb(G, n) for i in range(G)])
-    return (values.gather(1, order) * weights).sum(1).mean().item()
-
-
 def main(args: Args):
     from matplotlib.figure import Figure
     torch.manual_seed(args.seed)
@@ -61,10 +50,11 @@ def main(args: Args):
     score = load_reward("verifier", None, args.reward_model, device, micro_batch_size=256)
     proxy = torch.tensor(score([row["prompt"] for row in of_each], texts, of_each)).view(-1, G)
     gold = torch.tensor(verifier(None, texts, of_each)).view(-1, G)
-    mean, std, order = proxy.mean(), proxy.std(), proxy.argsort(1)
+    mean, std = proxy.mean(), proxy.std()
     sizes = [2**i for i in range(int(math.log2(G)) + 1)]
-    kl = [math.log(n) - (n - 1) / n for n in sizes]
-    bon = [[best_of(n, order, x) for n in sizes] for x in ((proxy - mean) / std, gold)]
+    kl = [best_of_n_kl(n) for n in sizes]
+    bon = [[best_of_n_reward(proxy, n, x).item() for n in sizes]
+           for x in ((proxy - mean) / std, gold)]
     run = load(args.run, ("kl", "reward", "gold_reward"), args.window)
     run[1] = (run[1] - mean) / std
 

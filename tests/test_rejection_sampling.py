@@ -78,6 +78,18 @@ def test_best_of_n_is_the_mean_over_all_choices(n):
     assert rs.best_of_n_reward(BOOK, n).item() == pytest.approx(sum(want) / len(want), rel=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_another_reward_at_the_best_of_n(n):
+    torch.manual_seed(0)
+    scores, gold = torch.randn(3, 5), torch.rand(3, 5)
+    want = []
+    for s, g in zip(scores.tolist(), gold.tolist(), strict=True):
+        for choice in itertools.combinations(range(5), n):
+            want.append(g[max(choice, key=lambda i, s=s: s[i])])
+    got = rs.best_of_n_reward(scores, n, gold)
+    assert got.item() == pytest.approx(sum(want) / len(want), rel=1e-5)
+
+
 def test_the_kl_of_best_of_n():
     """The hand value; and for a policy of many equal answers, by the definition."""
     assert rs.best_of_n_kl(16) == pytest.approx(1.835089, abs=1e-6)
