@@ -153,9 +153,10 @@ def completion_logps(model, batch, temperature=1.0, share_prompts=True):
     0 in padding, so that the sum over tokens is the completion's log-prob.
     share_prompts: compute a prompt once for all of its completions; the value is the same."""
     ids, mask = batch.completion_ids, batch.completion_mask
-    logits = _outputs(model, model, batch, ids.shape[1] - 1, share_prompts).float() / temperature
-    logps = logits.gather(-1, ids[..., None])[..., 0] - logits.logsumexp(-1)
-    return logps.masked_fill(~mask, 0.0)
+    logits = _outputs(model, model, batch, ids.shape[1] - 1, share_prompts).flatten(0, 1).float()
+    logits = logits / temperature if temperature != 1 else logits  # a copy, vocabulary wide
+    nll = torch.nn.functional.cross_entropy(logits, ids.flatten(), reduction="none")
+    return (-nll).view_as(ids).masked_fill(~mask, 0.0)
 
 @torch.no_grad()
 def fixed_logps(model, batch, temperature=1.0, micro_batch_size=8, share_prompts=True):

@@ -241,7 +241,8 @@ def main(args: Args):
     ref = None if args.precompute_ref else load_model(*load)
     steps_each = math.ceil(num_pairs * args.num_epochs / args.batch_size)  # in an iteration
     num_steps = steps_each * max(1, args.iterations)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0,
+                                  fused=True)
     warmup = round(args.warmup_ratio * num_steps)
     scheduler = get_scheduler(args.lr_schedule, optimizer, warmup, num_steps)
     parts = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler}

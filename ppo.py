@@ -228,7 +228,7 @@ def main(args: Args):
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
     updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions
     optimizer, critic_optimizer = (
-        torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0)
+        torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.0, fused=True)
         for model, lr in ((policy, args.learning_rate), (critic, args.critic_learning_rate)))
     total, warm_up = (n * updates for n in (args.num_steps, args.critic_warmup))
     scheduler = get_scheduler(args.lr_schedule, optimizer, 0, max(1, total - warm_up))

@@ -166,7 +166,8 @@ def main(args: Args):
                         args.gradient_checkpointing)
     ref = load_model(AutoModelForCausalLM, args.model, device, args.dtype) if args.beta else None
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0,
+                                  fused=True)
     scheduler = get_scheduler(args.lr_schedule, optimizer, 0, args.num_steps)
     moving = MovingAverage(args.moving_decay)
     run.begin({"policy": policy, "optimizer": optimizer, "scheduler": scheduler,

@@ -240,7 +240,8 @@ def main(args: Args):
     if args.train and args.control:
         models["control"] = load_model(*load, args.gradient_checkpointing)
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=args.learning_rate,
-                                          weight_decay=0.0) for name, model in models.items()}
+                                          weight_decay=0.0, fused=True)
+                  for name, model in models.items()}
     schedulers = {name: get_scheduler(args.lr_schedule, optimizer, 0, num_steps)
                   for name, optimizer in optimizers.items()}
     run.begin({**models, **{f"{name} optimizer": x for name, x in optimizers.items()},

@@ -220,7 +220,8 @@ def main(args: Args):
              for i in random.Random(f"{args.seed} {epoch}").sample(range(len(examples)),
                                                                   len(examples))]
     num_steps = math.ceil(len(order) / args.batch_size)
-    optimizer = torch.optim.AdamW(parts.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=args.learning_rate, weight_decay=0.0,
+                                  fused=True)
     warmup = round(args.warmup_ratio * num_steps)
     scheduler = get_scheduler(args.lr_schedule, optimizer, warmup, num_steps)
     run.begin({"model": parts, "optimizer": optimizer, "scheduler": scheduler}, num_steps)

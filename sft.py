@@ -134,7 +134,7 @@ def main(args: Args):
              for i in random.Random(f"{args.seed} {epoch}").sample(range(len(pairs)), len(pairs))]
     num_steps = math.ceil(len(order) / args.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate,
-                                  weight_decay=args.weight_decay)
+                                  weight_decay=args.weight_decay, fused=True)
     warmup = round(args.warmup_ratio * num_steps)
     scheduler = get_scheduler(args.lr_schedule, optimizer, warmup, num_steps)
     run.begin({"model": model, "optimizer": optimizer, "scheduler": scheduler}, num_steps)
