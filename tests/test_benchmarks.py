@@ -2,10 +2,17 @@
 
 import sys
 
+import pytest
+import torch
 from conftest import ROOT
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from common import generate, load_model, load_tokenizer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plot
+import scaling
+import vs_trl
 
 
 def test_a_curve_is_read_in_moving_means(tmp_path):
@@ -15,3 +22,84 @@ def test_a_curve_is_read_in_moving_means(tmp_path):
     )
     assert plot.load(tmp_path, ("kl", "reward"), 2).tolist() == [[2, 4], [3, 6.5]]
     assert plot.load(tmp_path, ("kl", "reward"), 1, num_steps=2).tolist() == [[1, 3], [2, 4]]
+
+
+# --- vs_trl.py: both sides must have computed the same before a time is believed ------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Folder with the toy's model and rows, as vs_trl.py hands them to both sides."""
+    work = tmp_path_factory.mktemp("work")
+    vs_trl.prepare(vs_trl.Args(num_pairs=8), work)
+    return work
+
+
+def job(work, kind, side, length, tokens):
+    return dict(
+        name=kind, kind=kind, side=side, tokens=tokens, dtype="float32", num_steps=1,
+        model=f"{work}/model", rm=f"{work}/rm", rows=f"{work}/{length}_{tokens}.jsonl",
+    )  # fmt: skip
+
+
+def test_texts_have_the_length_asked_for_and_differ():
+    tokenizer = load_tokenizer(ROOT / "toy/model")
+    texts = vs_trl.texts_of_length(tokenizer, 31, 20)
+    assert {len(tokenizer(text)["input_ids"]) for text in texts} == {31}
+    assert len(set(texts)) == 20
+
+
+def test_the_plain_generation_gives_the_same_greedy_completions(prepared):
+    tokenizer = load_tokenizer(prepared / "model")
+    model = load_model(AutoModelForCausalLM, prepared / "model", torch.device("cpu"))
+    prompts = ["  31+ 580", "7777+9999", " 2+ 2"]
+    plain, texts, ended = vs_trl.plain_generate(model, tokenizer, prompts, 2, 24, 0.0)
+    batch, same_texts, same_ended = generate(model, tokenizer, prompts, 2, 24, 0.0)
+    assert texts == same_texts and ended.tolist() == same_ended.tolist()
+    assert plain.completion_mask.tolist() == batch.completion_mask.tolist()
+    assert len(set(batch.completion_mask.sum(1).tolist())) > 1  # else dropping rows is not seen
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo", "rm_bt"])
+def test_a_script_and_its_plain_form_have_one_loss_and_gradient(prepared, kind):
+    length, tokens = (0, 0) if kind == "rm_bt" else (32, 96)
+    ours, plain = (
+        vs_trl.measure(job(prepared, kind, "", length, tokens), side, prepared)
+        for side in ("ours", "plain")
+    )
+    assert ours["norm"] == pytest.approx(plain["norm"], rel=1e-4) and ours["norm"] > 1e-3
+    assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("length, tokens", [(32, 96), (0, 0)])
+def test_log_probs_are_those_of_trl(prepared, length, tokens):
+    pytest.importorskip("trl", reason="needs the extra `bench`")
+    tokenizer = load_tokenizer(prepared / "model")
+    ours, theirs = (
+        vs_trl.run_logps(job(prepared, "logps", side, length, tokens), tokenizer)[1:]
+        for side in ("ours", "trl")
+    )
+    assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_time_is_believed_only_where_loss_and_gradient_agree():
+    ours = [{"seconds": [1.0, 3.0], "peak": 2.0, "loss": 0.5, "norm": 7.0}]
+    peer = [{"seconds": [4.0, 8.0], "peak": 5.0, "loss": 0.5, "norm": 7.0005}]
+    assert vs_trl.summary("grpo", ours, peer) == ("2.00, 6.00", 3.0, "2.00, 5.00", 0.4)
+    assert "not the same: norm" in vs_trl.summary("grpo", ours, [peer[0] | {"norm": 7.01}])[0]
+    assert "not the same: loss" in vs_trl.summary("grpo", ours, [peer[0] | {"loss": 0.6}])[0]
+
+
+# --- scaling.py -----------------------------------------------------------------------------------
+
+
+def test_operations_are_counted_by_hand():
+    config = LlamaConfig(vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=2,
+                         tie_word_embeddings=True)  # fmt: skip
+    body = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 6 + 3 * 4  # q, k and v, o, the MLP, three norms
+    tokens, completion_tokens = 2 * 5 + 2 * 3 * 7, 2 * 3 * 7
+    expected = 6 * (body * tokens + 10 * 4 * completion_tokens)
+    for tied in True, False:
+        config.tie_word_embeddings = tied
+        assert scaling.operations(LlamaForCausalLM(config), 2, 3, 5, 7) == expected
