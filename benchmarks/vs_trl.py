@@ -54,7 +54,7 @@ class Args:
 CASES = [("log-probs (a) 192 + 64, 8 each", "logps", "trl", 192, 64),
          ("log-probs (b) 32 + 96, 8 each", "logps", "trl", 32, 96),
          ("log-probs (c) pairs", "logps", "trl", 0, 0),
-         ("generate (d) lengths vary", "generate", "hf", 0, 160),
+         ("generate (d) lengths vary", "generate", "hf", 0, 192),
          ("generate, equal lengths", "generate", "hf", 32, 64),
          ("generate, equal lengths, 8 each", "generate", "hf", 192, 64),
          ("GRPO step (a)", "grpo", "trl", 192, 64),
@@ -130,6 +130,12 @@ def prepare(args, work):
                 for row in rows for i, c in enumerate(row.get("completions", []))]
         (work / f"{length}_{tokens}_flat.jsonl").write_text("\n".join(map(json.dumps, flat)))
 
+def as_batch(rows, tokenizer, kind):
+    """Rows -> Batch: all completions of each prompt; of pairs, for SFT, the chosen one alone."""
+    groups = [row.get("completions") or [row["chosen"], row["rejected"]][:2 - (kind == "sft")]
+              for row in rows]
+    return encode(tokenizer, [row["prompt"] for row in rows], groups)
+
 def plain_generate(model, tokenizer, prompts, num_generations, max_new_tokens, temperature=1.0,
                    top_p=1.0, top_k=0):
     """common.generate by model.generate: prompts repeated, all rows on to the longest one's end."""
@@ -152,10 +158,7 @@ def plain_generate(model, tokenizer, prompts, num_generations, max_new_tokens, t
 def run_logps(job, tokenizer):
     """Forward and backward of all completions' log-probs at once, weighted by given weights."""
     rows = load_rows(job["rows"])
-    rows = rows[:1] if "ranks" in rows[0] else rows[:G // 2]  # 8 completions
-    prompts = [row["prompt"] for row in rows]
-    groups = [row.get("completions") or [row["chosen"], row["rejected"]] for row in rows]
-    batch = encode(tokenizer, prompts, groups)
+    batch = as_batch(rows[:1 if "ranks" in rows[0] else G // 2], tokenizer, "logps")
     weights = torch.rand(batch.completion_ids.shape, generator=torch.Generator().manual_seed(0))
     weights = weights * batch.completion_mask / batch.completion_mask.sum()
     model = load_model(AutoModelForCausalLM, job["model"], torch.device("cpu"), job["dtype"])
@@ -185,10 +188,15 @@ def run_logps(job, tokenizer):
         loss.backward()
         seconds.append(time.perf_counter() - start)
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-    return seconds, loss.item(), norm
+    return seconds, loss.item(), norm, full_tokens(batch)
+
+def full_tokens(batch):
+    """Tokens of all completions with their prompts, the prompt counted for each."""
+    return int(batch.prompt_mask.sum(1)[batch.prompt_of].sum() + batch.completion_mask.sum())
 
 def run_generate(job, tokenizer):
-    """Greedy, so that both sides must give the same: the sum of the token ids is compared."""
+    """Greedy, so that both sides must give the same: the sum of the token ids is compared, and the
+    number of them."""
     rows = load_rows(job["rows"])
     model = load_model(AutoModelForCausalLM, job["model"], torch.device("cpu"), job["dtype"])
     prompts, each = [row["prompt"] for row in rows], G if "8 each" in job["name"] else 1
@@ -200,8 +208,8 @@ def run_generate(job, tokenizer):
         start = time.perf_counter()
         batch = make(model, tokenizer, prompts, each, job["tokens"], 0.0)[0]
         seconds.append(time.perf_counter() - start)
-    lengths = batch.completion_mask.sum(1).tolist()
-    return seconds, float((batch.completion_ids * batch.completion_mask).sum()), sum(lengths)
+    made = int(batch.completion_mask.sum())
+    return seconds, float((batch.completion_ids * batch.completion_mask).sum()), made, made
 
 def run_script(job, tokenizer):
     """Our script, as a user runs it. Its first completions are the given ones of the rows."""
@@ -237,7 +245,8 @@ def run_script(job, tokenizer):
     log = [r for r in load_rows(Path(job["output"], "metrics.jsonl")) if "grad_norm" in r]
     ends = [r["seconds"] for r in log]
     seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
-    return [0.0, *seconds], log[0]["loss"], log[0]["grad_norm"]
+    tokens = full_tokens(as_batch(rows, tokenizer, name))
+    return [0.0, *seconds], log[0]["loss"], log[0]["grad_norm"], tokens
 
 def run_trl(job, tokenizer):
     """The trainer of TRL on the same rows; texts are tokenised by it, completions given as ids."""
@@ -303,16 +312,18 @@ def run_trl(job, tokenizer):
         trainer._generate_single_turn = given_first
     trainer.train()
     seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
-    return [0.0, *seconds], log[0]["loss"], log[0]["grad_norm"]
+    tokens = full_tokens(as_batch(rows, tokenizer, name))
+    return [0.0, *seconds], log[0]["loss"], log[0]["grad_norm"], tokens
 
 def child(job):
     """Run one side and print what it took as one line of JSON."""
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     run = {"logps": run_logps, "generate": run_generate}.get(
         job["kind"], run_trl if job["side"] == "trl" else run_script)
-    seconds, loss, norm = run(job, tokenizer)
+    seconds, loss, norm, tokens = run(job, tokenizer)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print("\n" + json.dumps({"seconds": seconds[1:], "loss": loss, "norm": norm, "peak": peak}))
+    print("\n" + json.dumps({"seconds": seconds[1:], "loss": loss, "norm": norm, "peak": peak,
+                             "tokens": tokens}))
 
 # --- The table ------------------------------------------------------------------------------------
 
@@ -330,8 +341,8 @@ def measure(job, side, work):
 def main(args):
     if args.child:
         return child(json.loads(args.child))
-    print("| case | dtype | peer | seconds: ours, peer | ratio | memory, GB: ours, peer | ratio |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    print("| case | dtype | peer | seconds: ours, peer | tokens a second | times as fast "
+          "| memory, GB: ours, peer | share |\n|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as work:
         prepare(args, Path(work))
         for dtype in args.dtypes:
@@ -360,8 +371,10 @@ def summary(kind, ours, peer):
     a, b = ours[0], peer[0]
     for what in ("norm", "loss")[:1 if kind == "reinforce_rloo" else 2]:
         if abs(a[what] - b[what]) > 1e-4 * max(abs(a[what]), abs(b[what])) + 1e-6:
-            return (f"not the same: {what} {a[what]:.6g} and {b[what]:.6g}", "", "", "")
-    return (f"{medians[0]:.2f}, {medians[1]:.2f}", medians[1] / medians[0],
+            return (f"not the same: {what} {a[what]:.6g} and {b[what]:.6g}", "", "", "", "")
+    digits = 2 if medians[0] > 1 else 3
+    return (", ".join(f"{m:.{digits}f}" for m in medians),
+            ", ".join(f"{a['tokens'] / m:.0f}" for m in medians), medians[1] / medians[0],
             f"{peaks[0]:.2f}, {peaks[1]:.2f}", peaks[0] / peaks[1])
 
 if __name__ == "__main__":

@@ -76,16 +76,17 @@ def test_log_probs_are_those_of_trl(prepared, length, tokens):
     pytest.importorskip("trl", reason="needs the extra `bench`")
     tokenizer = load_tokenizer(prepared / "model")
     ours, theirs = (
-        vs_trl.run_logps(job(prepared, "logps", side, length, tokens), tokenizer)[1:]
+        vs_trl.run_logps(job(prepared, "logps", side, length, tokens), tokenizer)[1:3]
         for side in ("ours", "trl")
     )
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_a_time_is_believed_only_where_loss_and_gradient_agree():
-    ours = [{"seconds": [1.0, 3.0], "peak": 2.0, "loss": 0.5, "norm": 7.0}]
-    peer = [{"seconds": [4.0, 8.0], "peak": 5.0, "loss": 0.5, "norm": 7.0005}]
-    assert vs_trl.summary("grpo", ours, peer) == ("2.00, 6.00", 3.0, "2.00, 5.00", 0.4)
+    ours = [{"seconds": [1.0, 3.0], "peak": 2.0, "loss": 0.5, "norm": 7.0, "tokens": 60}]
+    peer = [{"seconds": [4.0, 8.0], "peak": 5.0, "loss": 0.5, "norm": 7.0005, "tokens": 60}]
+    row = ("2.00, 6.00", "30, 10", 3.0, "2.00, 5.00", 0.4)
+    assert vs_trl.summary("grpo", ours, peer) == row
     assert "not the same: norm" in vs_trl.summary("grpo", ours, [peer[0] | {"norm": 7.01}])[0]
     assert "not the same: loss" in vs_trl.summary("grpo", ours, [peer[0] | {"loss": 0.6}])[0]
 
