@@ -12,6 +12,7 @@ from common import generate, load_model, load_tokenizer
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plot
 import scaling
+import sides
 import vs_trl
 
 
@@ -53,7 +54,7 @@ def test_the_plain_generation_gives_the_same_greedy_completions(prepared):
     tokenizer = load_tokenizer(prepared / "model")
     model = load_model(AutoModelForCausalLM, prepared / "model", torch.device("cpu"))
     prompts = ["  31+ 580", "7777+9999", " 2+ 2"]
-    plain, texts, ended = vs_trl.plain_generate(model, tokenizer, prompts, 2, 24, 0.0)
+    plain, texts, ended = sides.plain_generate(model, tokenizer, prompts, 2, 24, 0.0)
     batch, same_texts, same_ended = generate(model, tokenizer, prompts, 2, 24, 0.0)
     assert texts == same_texts and ended.tolist() == same_ended.tolist()
     assert plain.completion_mask.tolist() == batch.completion_mask.tolist()
@@ -76,7 +77,7 @@ def test_log_probs_are_those_of_trl(prepared, length, tokens):
     pytest.importorskip("trl", reason="needs the extra `bench`")
     tokenizer = load_tokenizer(prepared / "model")
     ours, theirs = (
-        vs_trl.run_logps(job(prepared, "logps", side, length, tokens), tokenizer)[1:3]
+        sides.run_logps(job(prepared, "logps", side, length, tokens), tokenizer)[1:3]
         for side in ("ours", "trl")
     )
     assert ours == pytest.approx(theirs, rel=1e-4)
