@@ -128,24 +128,23 @@ def _call(model, net, ids, mask, cache=None, keep=0):
         return net(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
                    use_cache=cache is not None, **options)[0]
 
-def _prompt_cache(model, net, batch):
-    # Each prompt once, repeated for its completions; less its last token, which each of them feeds.
+def _prompt_cache(model, net, batch, n):
+    # First n tokens of each prompt, once, repeated for its completions; and the last one's outputs.
     cache = transformers.DynamicCache(config=model.config)
     if any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers):
         stop("this model keeps states that cannot be repeated for the completions of a prompt")
-    if batch.prompt_ids.shape[1] > 1:
-        _call(model, net, batch.prompt_ids[:, :-1], batch.prompt_mask[:, :-1], cache, keep=1)
-        cache.batch_select_indices(batch.prompt_of)  # gradients flow back through it
-    return cache
+    last = _call(model, net, batch.prompt_ids[:, :n], batch.prompt_mask[:, :n], cache, 1)[:, -1]
+    cache.batch_select_indices(batch.prompt_of)  # gradients flow back through it
+    return cache, last[batch.prompt_of]
 
 def _outputs(model, net, batch, num_tokens, share_prompts):
     # Outputs of `net` at prompts' ends and the completions' first tokens: (R, 1 + num_tokens, .)
-    of, cache = batch.prompt_of, None
+    of, cache, before = batch.prompt_of, None, batch.prompt_ids.shape[1] - 1
     ids = torch.cat([batch.prompt_ids[of], batch.completion_ids[:, :num_tokens]], dim=1)
     mask = torch.cat([batch.prompt_mask[of], batch.completion_mask[:, :num_tokens]], dim=1)
-    recompute = torch.is_grad_enabled() and getattr(model, "recompute", False)
-    if share_prompts and len(batch.prompt_ids) < len(of) and not recompute:  # it allows no cache
-        cache, ids = _prompt_cache(model, net, batch), ids[:, -num_tokens - 1:]
+    recompute = torch.is_grad_enabled() and getattr(model, "recompute", False)  # allows no cache
+    if share_prompts and 0 < before and len(batch.prompt_ids) < len(of) and not recompute:
+        cache, ids = _prompt_cache(model, net, batch, before)[0], ids[:, before:]
     return _call(model, net, ids, mask, cache, keep=num_tokens + 1)[:, -num_tokens - 1:]
 
 def completion_logps(model, batch, temperature=1.0, share_prompts=True):
@@ -205,24 +204,24 @@ def generate(model, tokenizer, prompts, num_generations, max_new_tokens, tempera
     ids = torch.zeros(len(prompt_of), max_new_tokens, dtype=torch.long)
     prompts = pad([encode_prompt(tokenizer, p) for p in prompts], "left")
     batch = Batch(*prompts, ids, ids < 0, prompt_of).to(model.device)
-    cache, rows = _prompt_cache(model, model, batch), torch.arange(len(ids), device=model.device)
-    token, mask = batch.prompt_ids[batch.prompt_of, -1], batch.prompt_mask[batch.prompt_of]
+    cache, logits = _prompt_cache(model, model, batch, batch.prompt_ids.shape[1])
+    rows, mask = torch.arange(len(ids), device=model.device), batch.prompt_mask[batch.prompt_of]
     ended = torch.zeros_like(rows, dtype=torch.bool)
+    if logits.isnan().any():
+        stop("the model's logits are nan: broken weights, or a --dtype too coarse for it")
     for t in range(max_new_tokens):
-        logits = _call(model, model, token[:, None], mask, cache)[:, -1]
-        if t == 0 and logits.isnan().any():
-            stop("the model's logits are nan: broken weights, or a --dtype too coarse for it")
         token = _sample(logits, temperature, top_p, top_k)
         batch.completion_ids[rows, t] = token
         batch.completion_mask[:, t] = ~ended
         ended[rows] |= torch.isin(token, eos)
         keep = (~ended[rows]).nonzero()[:, 0]
-        if not len(keep):
+        if not len(keep) or t + 1 == max_new_tokens:
             break
         if len(keep) <= 0.75 * len(rows):  # not whenever one ends: each time copies the cache
             cache.batch_select_indices(keep)
             rows, token, mask = rows[keep], token[keep], mask[keep]
         mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+        logits = _call(model, model, token[:, None], mask, cache)[:, -1]
     batch = batch.rows(torch.arange(len(ids), device=model.device))
     ids = [batch.completion_ids[i, m].tolist() for i, m in enumerate(batch.completion_mask)]
     return batch, tokenizer.batch_decode(ids, skip_special_tokens=True), ended

@@ -91,11 +91,14 @@ def prepare(args, work):
     would take another token there; the same as a reward model; the rows of every case."""
     tokenizer = load_tokenizer(args.model)
     pairs = []
-    for row in load_rows(args.pairs, "prompt", "chosen", "rejected")[:args.num_pairs]:
+    read = load_rows(args.pairs, "prompt", "chosen", "rejected")
+    for row in read[:args.num_pairs]:
         text = {k: v if isinstance(v, str) else v[-1]["content"] for k, v in row.items()
                 if k in ("chosen", "rejected")}
         prompt = tokenizer.decode(encode_prompt(tokenizer, row["prompt"]))
         pairs.append({"prompt": prompt, "completion": text["chosen"], **text})
+    prompts = {tokenizer.decode(encode_prompt(tokenizer, row["prompt"])): 0
+               for row in read[:4 * args.num_pairs]}
     tokenizer.chat_template = None
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
@@ -114,8 +117,8 @@ def prepare(args, work):
             some = iter(texts_of_length(tokenizer, tokens - 1, args.num_prompts * G))
             rows = [{"prompt": t, "completions": [next(some) for _ in range(G)],
                      "ranks": [*range(G)]} for t in texts]
-        elif tokens:  # as many prompts as the lengths need to vary, and greedy answers to them
-            rows = [{"prompt": p} for p in {row["prompt"]: 0 for row in pairs}]
+        elif tokens:  # more prompts, so that the lengths of the greedy answers vary
+            rows = [{"prompt": p} for p in prompts]
         (work / f"{length}_{tokens}.jsonl").write_text("\n".join(map(json.dumps, rows)))
         flat = [{"prompt": row["prompt"], "completion": c, "label": i % 2 == 0}
                 for row in rows for i, c in enumerate(row.get("completions", []))]
