@@ -113,7 +113,10 @@ def draw(found, out):
         for a, row in zip(x, rows, strict=True):
             above.annotate(f"{row['predicted'] / row['seconds']:.0%}", (a, row["seconds"]),
                            textcoords="offset points", xytext=(0, 5), ha="center", fontsize=8)
-        below.loglog(x, [row["memory"] for row in rows], "o-")
+        below.semilogx(x, [row["memory"] for row in rows], "o-")
+        for axis in above, below:
+            axis.set_xticks(x, x)
+            axis.set_xticks([], minor=True)
         above.set(ylabel="seconds")
         below.set(ylabel="peak memory, GB", xlabel=what)
     axes[0, 0].legend()
