@@ -217,7 +217,7 @@ def generate(model, tokenizer, prompts, num_generations, max_new_tokens, tempera
         keep = (~ended[rows]).nonzero()[:, 0]
         if not len(keep) or t + 1 == max_new_tokens:
             break
-        if len(keep) <= 0.9 * len(rows):  # not whenever one ends: each time copies the cache
+        if len(keep) <= 0.75 * len(rows):  # not whenever one ends: each time copies the cache
             cache.batch_select_indices(keep)
             rows, token, mask = rows[keep], token[keep], mask[keep]
         mask = torch.nn.functional.pad(mask, (0, 1), value=True)
