@@ -15,7 +15,8 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from plumbing import (ROOT, Run, hold_out, load_rows, load_splits, parse_args,  # noqa: F401
+from plumbing import (ROOT, Run, check_prompts, encode_prompt, end_of_turn,  # noqa: F401
+                      hold_out, load_rows, load_splits, load_tokenizer, parse_args, pick_device,
                       stop, stop_on_error)  # for the scripts: one place to import from
 
 transformers.utils.logging.disable_progress_bar()
@@ -59,28 +60,6 @@ class Batch:
         """The same on `device`."""
         return Batch(*(x.to(device) for x in vars(self).values()))
 
-def encode_prompt(tokenizer, prompt):
-    """Text or chat messages -> list of token ids, up to where the completion begins.
-    With a chat template, a text is one user message. Without one, it is taken as it stands."""
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        with stop_on_error(f"the chat template refuses {str(chat)[:80]}"):
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the BOS
-    if not isinstance(prompt, str):
-        stop("the prompts are chat messages but the tokenizer has no chat template: use plain text")
-    ids = tokenizer(prompt)["input_ids"]
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some close every text
-
-def end_of_turn(tokenizer):
-    """Id that closes a completion: what the chat template puts after an answer, else the EOS."""
-    ids = []
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
-
 def encode(tokenizer, prompts, completions, max_length=None):
     """P prompts (texts or chats) and for each of them a list of completion texts -> Batch.
     The two are tokenised apart, so that a prompt has the tokens it has in generation. The end of
@@ -115,6 +94,9 @@ def pad(rows, side):
 
 # --- Generation and log-probs ---------------------------------------------------------------------
 
+WORTH_SHARING = 200  # tokens that sharing prompts must save: its second pass costs about as much
+PASS_TOKENS = 2048  # of prompts in one pass: more would take memory and not be faster
+
 def _call(model, net, ids, mask, cache=None, keep=0):
     # One forward of `net`, which is `model` or its backbone, on ids that follow those in the cache.
     if getattr(model, "recompute", False):
@@ -128,29 +110,67 @@ def _call(model, net, ids, mask, cache=None, keep=0):
         return net(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
                    use_cache=cache is not None, **options)[0]
 
+class _RoomyLayer(DynamicLayer):
+    # DynamicLayer copies all keys and values for each token, a third of the time of long
+    # completions. This one writes into places that it has, and makes 64 more when they are full.
+    def __init__(self, layer):
+        super().__init__()
+        self.is_initialized, self.length = True, layer.keys.shape[-2]
+        self.keys, self.values = layer.keys, layer.values
+
+    def get_seq_length(self):
+        return self.length
+
+    def update(self, key_states, value_states, *_, **__):  # what models hand on
+        start, self.length = self.length, self.length + key_states.shape[-2]
+        if self.length > self.keys.shape[-2]:
+            self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, 64))
+                                      for x in (self.keys, self.values))
+        self.keys[:, :, start:self.length] = key_states
+        self.values[:, :, start:self.length] = value_states
+        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+
 def _prompt_cache(model, net, batch, n):
     # First n tokens of each prompt, once, repeated for its completions; and the last one's outputs.
-    cache = transformers.DynamicCache(config=model.config)
-    if any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers):
+    # Those of like length go together: in one pass of all, most would be padding to the longest.
+    ids, mask = batch.prompt_ids[:, :n], batch.prompt_mask[:, :n]
+    lengths, parts = mask.sum(1).clamp(min=1).tolist(), []
+    for i in sorted(range(len(ids)), key=lambda i: -lengths[i]):
+        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= PASS_TOKENS:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    caches, last = [transformers.DynamicCache(config=model.config) for _ in parts], []
+    if any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in caches[0].layers):
         stop("this model keeps states that cannot be repeated for the completions of a prompt")
-    last = _call(model, net, batch.prompt_ids[:, :n], batch.prompt_mask[:, :n], cache, 1)[:, -1]
-    cache.batch_select_indices(batch.prompt_of)  # gradients flow back through it
-    return cache, last[batch.prompt_of]
+    for part, cache in zip(parts, caches, strict=True):
+        cut = n - lengths[part[0]] if part is not parts[0] else 0
+        last.append(_call(model, net, ids[part, cut:], mask[part, cut:], cache, 1)[:, -1])
+    for longest, *others in zip(*(cache.layers for cache in caches), strict=True):
+        for name in ("keys", "values") if others and longest.is_initialized else ():
+            x, *rest = (getattr(layer, name) for layer in (longest, *others))
+            rest = [torch.nn.functional.pad(y, (0, 0, x.shape[2] - y.shape[2], 0)) for y in rest]
+            setattr(longest, name, torch.cat([x, *rest]))
+    place = torch.tensor(sum(parts, []), device=ids.device).argsort()[batch.prompt_of]
+    caches[0].batch_select_indices(place)  # gradients flow back through it
+    return caches[0], torch.cat(last)[place]
 
 def _outputs(model, net, batch, num_tokens, share_prompts):
     # Outputs of `net` at prompts' ends and the completions' first tokens: (R, 1 + num_tokens, .)
     of, cache, before = batch.prompt_of, None, batch.prompt_ids.shape[1] - 1
+    saved = (len(of) - len(batch.prompt_ids)) * before  # tokens
     ids = torch.cat([batch.prompt_ids[of], batch.completion_ids[:, :num_tokens]], dim=1)
     mask = torch.cat([batch.prompt_mask[of], batch.completion_mask[:, :num_tokens]], dim=1)
     recompute = torch.is_grad_enabled() and getattr(model, "recompute", False)  # allows no cache
-    if share_prompts and 0 < before and len(batch.prompt_ids) < len(of) and not recompute:
+    if share_prompts and saved > WORTH_SHARING and not recompute:
         cache, ids = _prompt_cache(model, net, batch, before)[0], ids[:, before:]
     return _call(model, net, ids, mask, cache, keep=num_tokens + 1)[:, -num_tokens - 1:]
 
 def completion_logps(model, batch, temperature=1.0, share_prompts=True):
     """log pi(y_t | x, y_<t) of completion tokens, at the sampling temperature -> (R, Tc) float32;
     0 in padding, so that the sum over tokens is the completion's log-prob.
-    share_prompts: compute a prompt once for all of its completions; the value is the same."""
+    share_prompts: compute a prompt once for all of its completions, where that is less work; the
+    value is the same."""
     ids, mask = batch.completion_ids, batch.completion_mask
     logits = _outputs(model, model, batch, ids.shape[1] - 1, share_prompts).flatten(0, 1).float()
     logits = logits / temperature if temperature != 1 else logits  # a copy, vocabulary wide
@@ -205,6 +225,8 @@ def generate(model, tokenizer, prompts, num_generations, max_new_tokens, tempera
     prompts = pad([encode_prompt(tokenizer, p) for p in prompts], "left")
     batch = Batch(*prompts, ids, ids < 0, prompt_of).to(model.device)
     cache, logits = _prompt_cache(model, model, batch, batch.prompt_ids.shape[1])
+    cache.layers = [_RoomyLayer(x) if type(x) is DynamicLayer and x.is_initialized else x
+                    for x in cache.layers]
     rows, mask = torch.arange(len(ids), device=model.device), batch.prompt_mask[batch.prompt_of]
     ended = torch.zeros_like(rows, dtype=torch.bool)
     if logits.isnan().any():
@@ -257,20 +279,6 @@ def masked_mean(x, mask, dim=None):
 
 # --- Models, gradient steps and rewards -----------------------------------------------------------
 
-def pick_device(device="auto"):
-    """auto -> cuda, else mps, else cpu."""
-    found = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
-    with stop_on_error(f"--device {device}"):
-        return torch.empty(0, device=found[0] if device == "auto" else device).device
-
-def load_tokenizer(path):
-    """Tokenizer of a model folder or hub name; one without an EOS is refused."""
-    with stop_on_error(f"{path}: no tokenizer there, in a model folder or on the hub"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    if tokenizer.eos_token_id is None:
-        stop(f"{path}: its tokenizer has no EOS, so no completion could end; set its eos_token")
-    return tokenizer
-
 def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False,
                new_head=0):
     """Model of a Transformers auto class, from a folder or hub name, with float32 weights: in
@@ -297,14 +305,6 @@ def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device).eval()
-
-def check_prompts(tokenizer, model, rows, max_new_tokens):
-    """Stop where a prompt is empty, or with its completion would not fit in the model's context."""
-    for row in rows:
-        length = len(encode_prompt(tokenizer, row["prompt"]))
-        if not 0 < length <= model.context - max_new_tokens:
-            stop(f"a prompt of {length} tokens with --max-new-tokens {max_new_tokens} does not fit "
-                 f"in the model's {model.context}: {str(row['prompt'])[:80]!r}")
 
 def update(optimizer, scheduler, loss, max_grad_norm):
     """One step on the gradients that stand in the parameters -> their norm before clipping."""

@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import transformers
 import tyro
 from tqdm import tqdm
 
@@ -78,6 +79,52 @@ def hold_out(rows, num_prompts, seed):
     for row, key in zip(rows, keys, strict=True):
         sides[key in held].append(row)
     return sides
+
+# --- Device, tokenizer and prompts ----------------------------------------------------------------
+
+def pick_device(device="auto"):
+    """auto -> cuda, else mps, else cpu."""
+    found = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    with stop_on_error(f"--device {device}"):
+        return torch.empty(0, device=found[0] if device == "auto" else device).device
+
+def load_tokenizer(path):
+    """Tokenizer of a model folder or hub name; one without an EOS is refused."""
+    with stop_on_error(f"{path}: no tokenizer there, in a model folder or on the hub"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        stop(f"{path}: its tokenizer has no EOS, so no completion could end; set its eos_token")
+    return tokenizer
+
+def encode_prompt(tokenizer, prompt):
+    """Text or chat messages -> list of token ids, up to where the completion begins.
+    With a chat template, a text is one user message. Without one, it is taken as it stands."""
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        with stop_on_error(f"the chat template refuses {str(chat)[:80]}"):
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the BOS
+    if not isinstance(prompt, str):
+        stop("the prompts are chat messages but the tokenizer has no chat template: use plain text")
+    ids = tokenizer(prompt)["input_ids"]
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some close every text
+
+def end_of_turn(tokenizer):
+    """Id that closes a completion: what the chat template puts after an answer, else the EOS."""
+    ids = []
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
+
+def check_prompts(tokenizer, model, rows, max_new_tokens):
+    """Stop where a prompt is empty, or with its completion would not fit in the model's context."""
+    for row in rows:
+        length = len(encode_prompt(tokenizer, row["prompt"]))
+        if not 0 < length <= model.context - max_new_tokens:
+            stop(f"a prompt of {length} tokens with --max-new-tokens {max_new_tokens} does not fit "
+                 f"in the model's {model.context}: {str(row['prompt'])[:80]!r}")
 
 # --- The folder of a run --------------------------------------------------------------------------
 

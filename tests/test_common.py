@@ -148,8 +148,10 @@ def test_logps_equal_a_slow_loop(kind, temperature, share, batch):
     assert logps.dtype == torch.float32
 
 
+@pytest.mark.parametrize("tokens", [1, 2048])  # each prompt in a pass of its own, and together
 @pytest.mark.parametrize("kind", KINDS)
-def test_shared_and_plain_prompts_have_equal_gradients(kind, batch):
+def test_shared_and_plain_prompts_have_equal_gradients(kind, tokens, batch, monkeypatch):
+    monkeypatch.setattr(common, "PASS_TOKENS", tokens)
     weights = torch.randn(batch.completion_ids.shape, generator=torch.manual_seed(0))
     grads = []
     for share in (True, False):
@@ -176,6 +178,30 @@ def test_a_prompt_is_really_computed_once(batch, llama, monkeypatch):
     # Its last token is fed by each completion, which gives the first token's log-prob
     (P, Tp), (R, Tc) = batch.prompt_ids.shape, batch.completion_ids.shape
     assert seen == [P * (Tp - 1), R * Tc]
+    saved = (R - P) * (Tp - 1)
+    for worth, passes in ((saved - 1, 2), (saved, 1)):  # where it does not save more, one pass
+        seen.clear()
+        monkeypatch.setattr(common, "WORTH_SHARING", worth)
+        with torch.no_grad():
+            common.completion_logps(llama, batch)
+        assert len(seen) == passes
+
+
+def test_prompts_of_like_length_go_through_the_model_together(llama, tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(common, "PASS_TOKENS", 100)
+    call = common._call
+
+    def spy(model, net, ids, mask, *options):
+        seen.append((tuple(ids.shape), int(mask.sum())))
+        return call(model, net, ids, mask, *options)
+
+    monkeypatch.setattr(common, "_call", spy)
+    prompts = ["x" * n for n in (3, 60, 1, 20, 18, 2)]
+    assert len(common.encode_prompt(tokenizer, "")) == 19  # beside the x
+    common.generate(llama, tokenizer, prompts, 1, 1)
+    # 79 and 39 would be 2 * 79; 39 and 37 fit into 100, with 22 not; 22, 21 and 20 do
+    assert seen == [((1, 79), 79), ((2, 39), 76), ((3, 22), 63)]
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -294,11 +320,11 @@ def test_a_missing_head_is_refused(llama, tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_equals_transformers_generate(kind, tokenizer):
     model = make_model(kind)
-    batch, texts, ended = common.generate(model, tokenizer, PROMPTS, 2, 24, temperature=0)
+    batch, texts, ended = common.generate(model, tokenizer, PROMPTS, 2, 80, temperature=0)
     for i, (_, got) in enumerate(sequences(batch)):
         ids = common.encode_prompt(tokenizer, PROMPTS[i // 2])
         want = model.generate(
-            torch.tensor([ids]), max_new_tokens=24, do_sample=False, pad_token_id=0
+            torch.tensor([ids]), max_new_tokens=80, do_sample=False, pad_token_id=0
         )[0, len(ids) :].tolist()
         assert got == want
         assert ended[i] == (want[-1] == tokenizer.eos_token_id)
@@ -330,11 +356,13 @@ def test_rows_end_at_their_own_time_and_are_dropped(tokenizer, llama, monkeypatc
     assert widths[0] == 6 and widths[-1] == 2
 
 
+@pytest.mark.parametrize("tokens", [64, 2048])  # of prompts in one pass
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_left_after_a_drop_go_on_as_if_alone(kind, tokenizer):
+def test_rows_left_after_a_drop_go_on_as_if_alone(kind, tokens, tokenizer, monkeypatch):
     """Every fifth id ends a row, so that rows are dropped again and again; each must have the
     tokens of a loop over whole sequences, without batch or cache."""
-    model, prompts = make_model(kind), [f"{n} and {'x' * n}" for n in range(12)]
+    monkeypatch.setattr(common, "PASS_TOKENS", tokens)
+    model, prompts = make_model(kind), [f"{n} and {'x' * (5 * n % 12)}" for n in range(12)]
     if kind == "gemma3":  # its tied weights only repeat the last token
         model.lm_head = torch.nn.Linear(32, 259, bias=False)
     model.generation_config.eos_token_id = ends = list(range(0, 259, 5))
