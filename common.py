@@ -97,6 +97,10 @@ def pad(rows, side):
 WORTH_SHARING = 200  # tokens that sharing prompts must save: its second pass costs about as much
 PASS_TOKENS = 2048  # of prompts in one pass: more would take memory and not be faster
 
+def _autocast(model):
+    dtype = getattr(model, "autocast_dtype", None)
+    return torch.autocast(model.device.type, dtype) if dtype else contextlib.nullcontext()
+
 def _call(model, net, ids, mask, cache=None, keep=0):
     # One forward of `net`, which is `model` or its backbone, on ids that follow those in the cache.
     if getattr(model, "recompute", False):
@@ -105,8 +109,7 @@ def _call(model, net, ids, mask, cache=None, keep=0):
     options = {"logits_to_keep": keep} if net is model else {}
     known = inspect.signature(net.forward).parameters  # Transformers 5.x renamed this one
     options["cache" if "cache" in known else "past_key_values"] = cache
-    dtype = getattr(model, "autocast_dtype", None)
-    with torch.autocast(ids.device.type, dtype) if dtype else contextlib.nullcontext():
+    with _autocast(model):
         return net(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
                    use_cache=cache is not None, **options)[0]
 
@@ -136,15 +139,14 @@ def _prompt_cache(model, net, batch, n):
     ids, mask = batch.prompt_ids[:, :n], batch.prompt_mask[:, :n]
     lengths, parts = mask.sum(1).clamp(min=1).tolist(), []
     for i in sorted(range(len(ids)), key=lambda i: -lengths[i]):
-        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= PASS_TOKENS:
-            parts[-1].append(i)
-        else:
-            parts.append([i])
+        fits = parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= PASS_TOKENS
+        parts = [*parts[:-1], [*parts[-1], i]] if fits else [*parts, [i]]
     caches, last = [transformers.DynamicCache(config=model.config) for _ in parts], []
     if any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in caches[0].layers):
         stop("this model keeps states that cannot be repeated for the completions of a prompt")
     for part, cache in zip(parts, caches, strict=True):
-        cut = n - lengths[part[0]] if part is not parts[0] else 0
+        cut = n - lengths[part[0]] if cache is not caches[0] else 0
+        part = torch.tensor(part, device=ids.device)
         last.append(_call(model, net, ids[part, cut:], mask[part, cut:], cache, 1)[:, -1])
     for longest, *others in zip(*(cache.layers for cache in caches), strict=True):
         for name in ("keys", "values") if others and longest.is_initialized else ():
@@ -224,26 +226,27 @@ def generate(model, tokenizer, prompts, num_generations, max_new_tokens, tempera
     ids = torch.zeros(len(prompt_of), max_new_tokens, dtype=torch.long)
     prompts = pad([encode_prompt(tokenizer, p) for p in prompts], "left")
     batch = Batch(*prompts, ids, ids < 0, prompt_of).to(model.device)
-    cache, logits = _prompt_cache(model, model, batch, batch.prompt_ids.shape[1])
-    cache.layers = [_RoomyLayer(x) if type(x) is DynamicLayer and x.is_initialized else x
-                    for x in cache.layers]
     rows, mask = torch.arange(len(ids), device=model.device), batch.prompt_mask[batch.prompt_of]
     ended = torch.zeros_like(rows, dtype=torch.bool)
-    if logits.isnan().any():
-        stop("the model's logits are nan: broken weights, or a --dtype too coarse for it")
-    for t in range(max_new_tokens):
-        token = _sample(logits, temperature, top_p, top_k)
-        batch.completion_ids[rows, t] = token
-        batch.completion_mask[:, t] = ~ended
-        ended[rows] |= torch.isin(token, eos)
-        keep = (~ended[rows]).nonzero()[:, 0]
-        if not len(keep) or t + 1 == max_new_tokens:
-            break
-        if len(keep) <= 0.75 * len(rows):  # not whenever one ends: each time copies the cache
-            cache.batch_select_indices(keep)
-            rows, token, mask = rows[keep], token[keep], mask[keep]
-        mask = torch.nn.functional.pad(mask, (0, 1), value=True)
-        logits = _call(model, model, token[:, None], mask, cache)[:, -1]
+    with _autocast(model):  # around all, else the weights are cast anew for each token
+        cache, logits = _prompt_cache(model, model, batch, mask.shape[1])
+        cache.layers = [_RoomyLayer(x) if type(x) is DynamicLayer and x.is_initialized else x
+                        for x in cache.layers]
+        if logits.isnan().any():
+            stop("the model's logits are nan: broken weights, or a --dtype too coarse for it")
+        for t in range(max_new_tokens):
+            token = _sample(logits, temperature, top_p, top_k)
+            batch.completion_ids[rows, t] = token
+            batch.completion_mask[:, t] = ~ended
+            ended[rows] |= torch.isin(token, eos)
+            keep = (~ended[rows]).nonzero()[:, 0]
+            if not len(keep) or t + 1 == max_new_tokens:
+                break
+            if len(keep) <= 0.75 * len(rows):  # not whenever one ends: each time copies the cache
+                cache.batch_select_indices(keep)
+                rows, token, mask = rows[keep], token[keep], mask[keep]
+            mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+            logits = _call(model, model, token[:, None], mask, cache)[:, -1]
     batch = batch.rows(torch.arange(len(ids), device=model.device))
     ids = [batch.completion_ids[i, m].tolist() for i, m in enumerate(batch.completion_mask)]
     return batch, tokenizer.batch_decode(ids, skip_special_tokens=True), ended

@@ -42,7 +42,8 @@ def plain_generate(model, tokenizer, prompts, num_generations, max_new_tokens, t
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or None,
         top_k=top_k, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    with torch.no_grad():
+    bfloat16 = getattr(model, "autocast_dtype", None) is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         out = model.generate(input_ids=ids[of], attention_mask=mask[of].long(),
                              generation_config=config)[:, ids.shape[1]:]
     is_eos = out == tokenizer.eos_token_id

@@ -257,6 +257,24 @@ def test_bfloat16_autocast_still_gives_float32_logps(batch):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_generation_casts_the_weights_once(tokenizer, monkeypatch):
+    """Autocast keeps its copies until its outermost block ends; they are as large as the model."""
+    model, casts = make_model("llama"), []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default and args[0] is model.lm_head.weight:
+                casts.append(kwargs["dtype"])
+            return func(*args, **kwargs or {})
+
+    for dtype, want in ((torch.bfloat16, [torch.bfloat16]), (None, [])):
+        casts.clear()
+        model.autocast_dtype = dtype
+        with Count():
+            batch, _, _ = common.generate(model, tokenizer, ["p"], 1, 8, temperature=0)
+        assert batch.completion_ids.shape[1] > 3 and casts == want
+
+
 def test_gradient_checkpointing_changes_no_gradient(batch, tmp_path):
     make_model("gpt2").save_pretrained(tmp_path)
     from transformers import AutoModelForCausalLM
