@@ -6,8 +6,9 @@
 
 Each case runs in processes of its own, alternating (ours, peer, ours, peer), both with the same
 weights, tokens, micro-batches, dtype and threads. Before a time is believed, loss and gradient norm
-of both on the same batch must be equal to 1e-4; sampled completions are replaced by given ones for
-that. The peers:
+of both on the same batch must be equal to 1e-4, in bfloat16, whose step is 8e-3, to 5e-3; sampled
+completions are replaced by given ones for that. Both keep the memory that they free (on Linux; see
+KEEP_MEMORY). The peers:
 
     trl    the trainer of TRL; log-probs: its fused head, which both its GRPO and its DPO call
     hf     model.generate of Transformers, which TRL generates with
@@ -66,6 +67,9 @@ CASES = [("log-probs (a) 192 + 64, 8 each", "logps", "trl", 192, 64),
          ("DPO step (c)", "dpo_nll", "plain", 0, 0),
          ("reward model step (c)", "rm_bt", "plain", 0, 0)]
 G = 8  # completions a prompt
+# glibc gives large blocks back to the system, and on some machines taking them again costs as much
+# as the computation: a gain for the side that needs less memory, us, that others would not see.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 # --- What both sides get --------------------------------------------------------------------------
 
@@ -132,7 +136,8 @@ def measure(job, side, work):
         job = job | {"side": side, "output": f"{folder}/run"}
         done = subprocess.run([sys.executable, str(SIDES), json.dumps(job)],
                               capture_output=True, text=True, cwd=folder,
-                              env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/hf"})
+                              env={**KEEP_MEMORY, **os.environ, "HF_HUB_OFFLINE": "1",
+                                   "HF_HOME": f"{folder}/hf"})
     if done.returncode:
         stop(f"{job['name']}, {side}: {' '.join(done.stderr.strip().splitlines()[-3:])}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -153,21 +158,21 @@ def main(args):
                 for _ in range(args.rounds):
                     for side, results in sides.items():
                         results.append(measure(job, side, work))
-                row = summary(kind, sides["ours"], sides[peer])
+                row = summary(kind, sides["ours"], sides[peer], dtype)
                 line = " | ".join(f"{x:.2f}" if isinstance(x, float) else x for x in row)
                 print(f"| {name} | {dtype} | {peer} | {line} |", flush=True)
                 if args.out:
                     with open(args.out, "a") as f:
                         f.write(json.dumps({**job, "peer": peer, "sides": sides}) + "\n")
 
-def summary(kind, ours, peer):
+def summary(kind, ours, peer, dtype="float32"):
     """Results of both sides -> the cells of a row; where they did not compute the same, it says so.
     RLOO's losses are compared by their gradient alone: TRL's has the ratio in place of its log."""
     medians = [statistics.median(s for r in side for s in r["seconds"]) for side in (ours, peer)]
     peaks = [max(r["peak"] for r in side) for side in (ours, peer)]
-    a, b = ours[0], peer[0]
+    a, b, tolerance = ours[0], peer[0], 1e-4 if dtype == "float32" else 5e-3
     for what in ("norm", "loss")[:1 if kind == "reinforce_rloo" else 2]:
-        if abs(a[what] - b[what]) > 1e-4 * max(abs(a[what]), abs(b[what])) + 1e-6:
+        if abs(a[what] - b[what]) > tolerance * max(abs(a[what]), abs(b[what])) + tolerance / 100:
             return (f"not the same: {what} {a[what]:.6g} and {b[what]:.6g}", "", "", "", "")
     digits = 2 if medians[0] > 1 else 3
     return (", ".join(f"{m:.{digits}f}" for m in medians),
