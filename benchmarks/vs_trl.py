@@ -7,8 +7,7 @@
 Each case runs in processes of its own, alternating (ours, peer, ours, peer), both with the same
 weights, tokens, micro-batches, dtype and threads. Before a time is believed, loss and gradient norm
 of both on the same batch must be equal to 1e-4, in bfloat16, whose step is 8e-3, to 5e-3; sampled
-completions are replaced by given ones for that. Both keep the memory that they free (on Linux; see
-KEEP_MEMORY). The peers:
+completions are replaced by given ones for that. The peers:
 
     trl    the trainer of TRL; log-probs: its fused head, which both its GRPO and its DPO call
     hf     model.generate of Transformers, which TRL generates with
@@ -44,6 +43,7 @@ class Args:
     num_pairs: int = 16  # pairs of a step, the first of --pairs
     num_steps: int = 3  # steps a process; the first warms up and is not timed
     rounds: int = 2  # processes a side, alternating
+    keep_memory: bool = False  # both sides keep the memory that they free (Linux)
     out: str = ""  # file to which the results are added, JSON Lines
 
 # name, kind, peer, tokens of the prompt and of the completion
@@ -67,8 +67,8 @@ CASES = [("log-probs (a) 192 + 64, 8 each", "logps", "trl", 192, 64),
          ("DPO step (c)", "dpo_nll", "plain", 0, 0),
          ("reward model step (c)", "rm_bt", "plain", 0, 0)]
 G = 8  # completions a prompt
-# glibc gives large blocks back to the system, and on some machines taking them again costs as much
-# as the computation: a gain for the side that needs less memory, us, that others would not see.
+# glibc gives large blocks back to the system. On some machines taking them again costs as much as
+# the computation: a gain for the side that needs less memory, us, that other machines do not see.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 # --- What both sides get --------------------------------------------------------------------------
@@ -136,8 +136,8 @@ def measure(job, side, work):
         job = job | {"side": side, "output": f"{folder}/run"}
         done = subprocess.run([sys.executable, str(SIDES), json.dumps(job)],
                               capture_output=True, text=True, cwd=folder,
-                              env={**KEEP_MEMORY, **os.environ, "HF_HUB_OFFLINE": "1",
-                                   "HF_HOME": f"{folder}/hf"})
+                              env={**(KEEP_MEMORY if job["keep_memory"] else {}), **os.environ,
+                                   "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/hf"})
     if done.returncode:
         stop(f"{job['name']}, {side}: {' '.join(done.stderr.strip().splitlines()[-3:])}")
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -153,7 +153,7 @@ def main(args):
                     continue
                 job = dict(name=name, kind=kind, tokens=tokens, dtype=dtype, model=f"{work}/model",
                            rm=f"{work}/rm", rows=f"{work}/{length}_{tokens}.jsonl",
-                           num_steps=args.num_steps)
+                           num_steps=args.num_steps, keep_memory=args.keep_memory)
                 sides = {"ours": [], peer: []}
                 for _ in range(args.rounds):
                     for side, results in sides.items():
