@@ -38,8 +38,9 @@ def prepared(tmp_path_factory):
 
 def job(work, kind, side, length, tokens):
     return dict(
-        name=kind, kind=kind, side=side, tokens=tokens, dtype="float32", num_steps=1, keep_memory=False,
-        model=f"{work}/model", rm=f"{work}/rm", rows=f"{work}/{length}_{tokens}.jsonl",
+        name=kind, kind=kind, side=side, tokens=tokens, dtype="float32", num_steps=1,
+        keep_memory=False, model=f"{work}/model", rm=f"{work}/rm",
+        rows=f"{work}/{length}_{tokens}.jsonl",
     )  # fmt: skip
 
 
