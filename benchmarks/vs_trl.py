@@ -6,7 +6,7 @@
 
 Each case runs in processes of its own, alternating (ours, peer, ours, peer), both with the same
 weights, tokens, micro-batches, dtype and threads. Before a time is believed, loss and gradient norm
-of both on the same batch must be equal to 1e-4, in bfloat16, whose step is 8e-3, to 5e-3; sampled
+of both on the same batch must be equal to 1e-4, in bfloat16, whose step is 8e-3, to 1e-2; sampled
 completions are replaced by given ones for that. The peers:
 
     trl    the trainer of TRL; log-probs: its fused head, which both its GRPO and its DPO call
@@ -167,11 +167,15 @@ def main(args):
 
 def summary(kind, ours, peer, dtype="float32"):
     """Results of both sides -> the cells of a row; where they did not compute the same, it says so.
-    RLOO's losses are compared by their gradient alone: TRL's has the ratio in place of its log."""
+    RLOO's losses are compared by their gradient alone: TRL's has the ratio in place of its log.
+    Of greedy completions in bfloat16 the number of tokens is: a rounding changes a word, and all
+    that follow."""
     medians = [statistics.median(s for r in side for s in r["seconds"]) for side in (ours, peer)]
     peaks = [max(r["peak"] for r in side) for side in (ours, peer)]
-    a, b, tolerance = ours[0], peer[0], 1e-4 if dtype == "float32" else 5e-3
-    for what in ("norm", "loss")[:1 if kind == "reinforce_rloo" else 2]:
+    a, b, coarse = ours[0], peer[0], dtype != "float32"
+    greedy = kind == "generate" and coarse
+    tolerance = 5e-2 if greedy else 1e-2 if coarse else 1e-4
+    for what in ("norm", "loss")[:1 if greedy or kind == "reinforce_rloo" else 2]:
         if abs(a[what] - b[what]) > tolerance * max(abs(a[what]), abs(b[what])) + tolerance / 100:
             return (f"not the same: {what} {a[what]:.6g} and {b[what]:.6g}", "", "", "", "")
     digits = 2 if medians[0] > 1 else 3

@@ -91,6 +91,14 @@ def test_a_time_is_believed_only_where_loss_and_gradient_agree():
     assert vs_trl.summary("grpo", ours, peer) == row
     assert "not the same: norm" in vs_trl.summary("grpo", ours, [peer[0] | {"norm": 7.01}])[0]
     assert "not the same: loss" in vs_trl.summary("grpo", ours, [peer[0] | {"loss": 0.6}])[0]
+    rounded, other = [peer[0] | {"norm": 7.05}], [peer[0] | {"norm": 7.08}]
+    assert "not the same: norm" in vs_trl.summary("grpo", ours, rounded)[0]
+    assert vs_trl.summary("grpo", ours, rounded, "bfloat16") == row
+    assert "not the same: norm" in vs_trl.summary("grpo", ours, other, "bfloat16")[0]
+    assert vs_trl.summary("generate", ours, [other[0] | {"loss": 9.0}], "bfloat16") == row
+    assert "not the same: norm" in vs_trl.summary("generate", ours, other)[0]
+    assert "not the same: norm" in vs_trl.summary("generate", ours, [{**other[0], "norm": 7.5}],
+                                                  "bfloat16")[0]
 
 
 # --- scaling.py -----------------------------------------------------------------------------------
