@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "toy")]
 import common  # noqa: E402
 
+common.WORTH_SHARING = 0  # for all: else no batch small enough for a test would share its prompts
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 TEMPLATE = (
@@ -73,12 +74,6 @@ def make_model(kind, seed=0):
     else:
         model = GPTNeoXForCausalLM(GPTNeoXConfig(**ids, **shape))
     return model.eval()
-
-
-@pytest.fixture(autouse=True)
-def prompts_are_shared_however_short(monkeypatch):
-    """Else no batch small enough for a test would take that way."""
-    monkeypatch.setattr(common, "WORTH_SHARING", 0)
 
 
 @pytest.fixture(scope="session")
