@@ -15,9 +15,10 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from plumbing import (ROOT, Run, check_prompts, encode_prompt, end_of_turn,  # noqa: F401
-                      hold_out, load_rows, load_splits, load_tokenizer, parse_args, pick_device,
-                      stop, stop_on_error)  # for the scripts: one place to import from
+from plumbing import (ROOT, Run, after_answer, answer_text, check_prompts,  # noqa: F401
+                      encode_prompt, end_of_turn, has_answers, hold_out, load_model, load_rows,
+                      load_splits, load_tokenizer, parse_args, pick_device, set_other_pad, stop,
+                      stop_on_error)  # for the scripts: one place to import from
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # load_model says itself what is missing
@@ -60,29 +61,32 @@ class Batch:
         """The same on `device`."""
         return Batch(*(x.to(device) for x in vars(self).values()))
 
-def encode(tokenizer, prompts, completions, max_length=None):
+def encode(tokenizer, prompts, completions, max_length=None, ended=None):
     """P prompts (texts or chats) and for each of them a list of completion texts -> Batch.
     The two are tokenised apart, so that a prompt has the tokens it has in generation. The end of
-    turn is appended, but not where `max_length` tokens, prompt included, cut a completion."""
+    turn is appended, but not where `max_length` tokens, prompt included, cut a completion, or where
+    one of the R in `ended` is False: the policy was cut off there, and never wrote an end."""
     prompt_rows, rows = [encode_prompt(tokenizer, prompt) for prompt in prompts], []
-    end = end_of_turn(tokenizer)
+    end, ended = end_of_turn(tokenizer), iter(ended or [True] * sum(map(len, completions)))
     for ids, texts in zip(prompt_rows, completions, strict=True):
         if max_length and len(ids) >= max_length:
             stop(f"a prompt of {len(ids)} tokens leaves no room for a completion in {max_length}")
-        rows += [[*tokenizer(text, add_special_tokens=False)["input_ids"], end]
-                 [:max_length and max_length - len(ids)] for text in texts]
+        for text in texts:
+            row = tokenizer(text, add_special_tokens=False)["input_ids"]
+            row = [*row, end] if next(ended) or not row else row
+            rows.append(row[:max_length and max_length - len(ids)])
     prompt_of = torch.tensor([i for i, texts in enumerate(completions) for _ in texts])
     return Batch(*pad(prompt_rows, "left"), *pad(rows, "right"), prompt_of)
 
-def encode_steps(tokenizer, prompt, steps, separator):
+def encode_steps(tokenizer, prompt, steps, separator, close=None):
     """Prompt and texts of steps -> ids of both, ends: the place of each step's last token, the end
     of its separator. Steps are tokenised apart, so that none merges with the next. Without a
-    separator every token is a step."""
+    separator every token is a step. close: ids after the last; None: the end of turn."""
     ids, ends = [], []
     for text in steps:
         ids += tokenizer(text + separator, add_special_tokens=False)["input_ids"]
         ends.append(len(ids) - 1)
-    ids.append(end_of_turn(tokenizer))
+    ids += [end_of_turn(tokenizer)] if close is None or not ids else close
     return encode_prompt(tokenizer, prompt), ids, ends if separator else [*range(len(ids))]
 
 def pad(rows, side):
@@ -256,9 +260,24 @@ def greedy_rewards(policy, tokenizer, score, rows, max_new_tokens, batch_size):
     values = []
     for part in (rows[i:i + batch_size] for i in range(0, len(rows), batch_size)):
         prompts = [row["prompt"] for row in part]
-        texts = generate(policy, tokenizer, prompts, 1, max_new_tokens, temperature=0)[1]
-        values += score(prompts, texts, part)
+        _, texts, ended = generate(policy, tokenizer, prompts, 1, max_new_tokens, temperature=0)
+        values += score(prompts, texts, with_ended(part, ended))
     return values
+
+def with_ended(rows, ended):
+    """Rows (R), each with its `ended` (R,): False where a completion was cut off. For rewards."""
+    return [row | {"ended": e} for row, e in zip(rows, ended.tolist(), strict=True)]
+
+def kl_from_start(policy, start, tokenizer, prompts, max_new_tokens, batch_size):
+    """One completion of each prompt from the policy, `batch_size` at a time -> KL(policy || start)
+    of each in nats (k1, N), texts."""
+    kl, texts = [], []
+    for i in range(0, len(prompts), batch_size):
+        part = generate(policy, tokenizer, prompts[i:i + batch_size], 1, max_new_tokens)
+        kl.append(kl_estimate(*(fixed_logps(model, part[0], 1.0, batch_size)
+                                for model in (policy, start)), "k1").sum(1))
+        texts += part[1]
+    return torch.cat(kl), texts
 
 # --- KL and means ---------------------------------------------------------------------------------
 
@@ -282,33 +301,6 @@ def masked_mean(x, mask, dim=None):
 
 # --- Models, gradient steps and rewards -----------------------------------------------------------
 
-def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False,
-               new_head=0):
-    """Model of a Transformers auto class, from a folder or hub name, with float32 weights: in
-    bfloat16, updates at these learning rates would be rounded away. dtype: "bfloat16" runs forwards
-    in bfloat16 autocast, "auto" does so on cuda. new_head: labels of a head not there yet."""
-    with stop_on_error(f"{path}: no model there that {auto_class.__name__} loads"):
-        config = transformers.AutoConfig.from_pretrained(path)
-        config.num_labels = new_head or config.num_labels
-        for key, value in vars(config).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)  # else two forwards of one policy differ: no ratio is 1
-        if from_scratch:
-            model, missing = auto_class.from_config(config, dtype=torch.float32), []
-        else:
-            model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32,
-                                                     output_loading_info=True)
-            missing = [key for key in info["missing_keys"]
-                       if not (new_head and key.startswith(("score.", "classifier.")))]
-    if missing:  # Transformers only warns, and makes up random weights
-        stop(f"{path}: no weights for {', '.join(sorted(missing)[:3])} in it")
-    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda")
-    model.autocast_dtype, model.recompute = torch.bfloat16 if bfloat16 else None, checkpointing
-    model.context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(device).eval()
-
 def update(optimizer, scheduler, loss, max_grad_norm):
     """One step on the gradients that stand in the parameters -> their norm before clipping."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -325,8 +317,9 @@ def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_ba
                 by_step=False):
     """-> score(prompts, completions, rows) -> list of R numbers, or of R lists, a number a step.
     reward: "verifier" for the function `verifier`, or "FILE.py:function", called with three lists
-    of length R, prompts and rows repeated for each completion. model: a reward model, in its place;
-    by_step: a process reward model says P(right) of each step, not its score of the solution."""
+    of length R, prompts and rows repeated for each completion, rows with `ended` (`with_ended`).
+    model: a reward model, in its place. by_step: a number for each step of a completion, from a
+    process reward model P(right), not one for the solution."""
     name = f"--reward-model {model}" if model else f"--reward {reward}"
     path, _, attribute = reward.rpartition(":")
     if model:
@@ -342,6 +335,10 @@ def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_ba
             if len(values) != len(completions):
                 raise ValueError(f"{len(values)} values for {len(completions)} completions")
             for value, text in zip(values, completions, strict=True):
+                if isinstance(value, list) != by_step:
+                    raise ValueError(f"{value} for {text[:60]!r}: it needs " + (
+                        "a list, a number a step" if by_step else "one number; a list of steps'")
+                        + " with --supervision process")
                 if not math.isfinite(sum(value) if isinstance(value, list) else value):
                     raise ValueError(f"{value} for {text[:60]!r}: not finite")
         return values
@@ -354,6 +351,11 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
     name = f"AutoModelFor{'Token' if token else 'Sequence'}Classification"
     model = load_model(getattr(transformers, name), path, device, dtype)
     tokenizer, separator = load_tokenizer(path), getattr(config, "step_separator", "")
+    close = None
+    if not hasattr(config, "reward_bias"):  # not made here: Transformers reads the last id not pad
+        close = after_answer(tokenizer) or [end_of_turn(tokenizer)]
+        while close[-1:] == [getattr(config, "pad_token_id", None)]:
+            close.pop()
     how = getattr(config, "solution_score", "" if token else "last")
     if not token and config.num_labels != 1:
         stop(f"--reward-model {path}: has {config.num_labels} labels, not 1")
@@ -366,12 +368,13 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
         # From the texts: the reward model may have another tokenizer and template.
         texts = [[x for x in c.split(separator) if x.strip()] if separator else [c]
                  for c in completions]
-        encoded = [encode_steps(tokenizer, *x, separator)
-                   for x in zip(prompts, texts, strict=True)]
+        encoded = [encode_steps(tokenizer, prompt, steps, separator,
+                                close if row.get("ended", True) else [])
+                   for prompt, steps, row in zip(prompts, texts, rows, strict=True)]
         values, lengths = [0.0] * len(encoded), torch.tensor([len(ids) for _, ids, _ in encoded])
         for mb in lengths.argsort().split(micro_batch_size):  # by length: little padding
-            prompt_rows, rows, ends = zip(*[encoded[i] for i in mb], strict=True)
-            batch = Batch(*pad(prompt_rows, "left"), *pad(rows, "right"), torch.arange(len(mb)))
+            prompt_rows, ids, ends = zip(*[encoded[i] for i in mb], strict=True)
+            batch = Batch(*pad(prompt_rows, "left"), *pad(ids, "right"), torch.arange(len(mb)))
             scores = completion_scores(model, batch.to(device)).cpu()
             for i, score, end in zip(mb.tolist(), scores, ends, strict=True):
                 steps = positive_probs(score[end]) if token else score[end, 0]

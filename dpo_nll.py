@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import (Run, check_prompts, completion_logps, encode, encode_prompt, fixed_logps,
-                    generate, greedy_rewards, kl_estimate, load_model, load_reward, load_rows,
-                    load_splits, load_tokenizer, parse_args, pick_device, stop, stop_on_error,
-                    update)
+from common import (Run, answer_text, check_prompts, completion_logps, encode, encode_prompt,
+                    fixed_logps, generate, greedy_rewards, kl_from_start, load_model, load_reward,
+                    load_rows, load_splits, load_tokenizer, parse_args, pick_device, stop,
+                    stop_on_error, update, with_ended)
 
 @dataclass
 class Args:
@@ -49,7 +49,7 @@ class Args:
     seed: int = 0  # seed of the data's order and of sampling
     device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
+    """of the forward pass (autocast; the weights are float32); auto: bfloat16 where cuda has it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
     share_prompts: bool = True  # a prompt is computed once for all its completions: same result
@@ -63,7 +63,7 @@ class Args:
     normalize_length: bool = False  # divide a completion's log-prob by its tokens (Tulu 3, beta 5)
     precompute_ref: bool = True  # keep the reference's log-probs; no: the model; same result
 
-    iterations: int = 0  # of: sample, pair by reward, train, be the reference; 0: use the pairs
+    iterations: int = 0  # rounds: sample, pair by reward, train, be the reference; 0: --dataset
     reward: str = "verifier"
     """verifier: is `answer` the last number? Or FILE.py:function(prompts, completions, rows)"""
     reward_model: str = ""  # folder of a reward model, used in place of --reward
@@ -82,7 +82,7 @@ class Args:
     warmup_ratio: float = 0.1  # share of the steps in which it rises from 0 (Tulu 3: 0.1)
     max_grad_norm: float = 1.0  # largest norm of the gradient; longer ones are scaled down to it
 
-    eval_size: int = 64  # prompts held out, at most a tenth of --dataset; rows of --eval-prompts
+    eval_size: int = 64  # prompts held out, at most a tenth; and first rows of --eval-prompts
     eval_every: int = 100  # steps between evaluations; also before the first and after the last
     checkpoint_every: int = 100  # steps between checkpoints
     log_samples: int = 4  # completions an evaluation that go into samples.jsonl
@@ -147,7 +147,7 @@ def verifier(prompts, completions, rows):
 
 def to_pair(row):
     """A row -> texts of the chosen and the rejected completion."""
-    return [x if isinstance(x, str) else x[-1]["content"] for x in (row["chosen"], row["rejected"])]
+    return [answer_text(row[side], row["prompt"]) for side in ("chosen", "rejected")]
 
 # --- Training -------------------------------------------------------------------------------------
 
@@ -165,48 +165,55 @@ def read_pairs(path, loss):
     return pairs
 
 def keep_different(pairs, tokenizer, max_length, name):
-    """Leave out pairs that are equal, at the latest when cut, or whose prompt fills max_length."""
-    kept = []
+    """Leave out pairs that are equal, at the latest when cut, or whose prompt fills max_length;
+    says how many, and how many completions are cut."""
+    kept, cut = [], 0
     for pair in pairs:
         room = max_length - len(encode_prompt(tokenizer, pair["prompt"]))
-        chosen, rejected = (tokenizer(pair[side], add_special_tokens=False)["input_ids"][:room]
-                            for side in ("chosen", "rejected"))
-        kept += [pair] * (room > 0 and chosen != rejected)
-    if len(kept) < len(pairs):
-        print(f"{name}: of {len(pairs)} pairs, dropped {len(pairs) - len(kept)}: equal, or equal "
-              f"when cut to --max-length {max_length}")
+        ids = tokenizer([pair["chosen"], pair["rejected"]], add_special_tokens=False)["input_ids"]
+        if room > 0 and ids[0][:room] != ids[1][:room]:
+            kept.append(pair)
+            cut += sum(len(x) >= room for x in ids)
+    if cut or len(kept) < len(pairs):
+        print(f"{name}: of {len(pairs)} pairs, dropped {len(pairs) - len(kept)}: equal, also when "
+              f"cut, or the prompt fills --max-length {max_length}; cut {cut} completions")
     return kept or (pairs and stop(f"{name}: no pair of two different completions"))
 
 def sample_pairs(policy, tokenizer, score, rows, args):
     """-> --num-pairs pairs of a better and a worse completion of a prompt, metrics. Prompts whose
     completions all have one reward make none; the others take turns."""
-    groups, rewards, size = [], [], max(1, args.micro_batch_size // args.num_generations)
+    groups, rewards, all_ended = [], [], []
+    size = max(1, args.micro_batch_size // args.num_generations)  # prompts at a time
     for part in (rows[i:i + size] for i in range(0, len(rows), size)):
-        texts = generate(policy, tokenizer, [row["prompt"] for row in part], args.num_generations,
-                         args.max_new_tokens, args.temperature)[1]
-        of_each = [row for row in part for _ in range(args.num_generations)]
+        _, texts, ended = generate(policy, tokenizer, [row["prompt"] for row in part],
+                                   args.num_generations, args.max_new_tokens, args.temperature)
+        of_each = with_ended([row for row in part for _ in range(args.num_generations)], ended)
         values = score([row["prompt"] for row in of_each], texts, of_each)
         rewards += values
+        all_ended += ended.tolist()
         for i, row in enumerate(part):
             here = slice(i * args.num_generations, (i + 1) * args.num_generations)
-            group = [x for x in zip(values[here], texts[here], strict=True) if x[1].strip()]
-            if len({value for value, _ in group}) > 1:
+            group = zip(values[here], texts[here], ended[here].tolist(), strict=True)
+            group = [x for x in group if x[1].strip()]
+            if min(len({x[k] for x in group}) for k in (0, 1)) > 1:  # rewards, and texts, differ
                 groups.append((row["prompt"], group))
     if not groups:
         stop("no prompt has two completions of different reward: nothing to learn from")
     pairs, draw = [], random.Random(args.seed)
     while len(pairs) < args.num_pairs:
         prompt, group = groups[len(pairs) % len(groups)]
-        (low, rejected), (high, chosen) = sorted(draw.sample(group, 2))
-        if low < high:
+        (low, rejected, low_ended), (high, chosen, high_ended) = sorted(draw.sample(group, 2))
+        if low < high and chosen != rejected:
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": 0.0,
-                          "gap": high - low})
-    return pairs, {"reward": sum(rewards) / len(rewards), "no_signal": 1 - len(groups) / len(rows)}
+                          "gap": high - low, "ended": [high_ended, low_ended]})
+    return pairs, {"reward": sum(rewards) / len(rewards), "no_signal": 1 - len(groups) / len(rows),
+                   "ended": sum(all_ended) / len(all_ended)}
 
 def collate(pairs, tokenizer, max_length):
     """-> Batch, the chosen completion of each pair before the rejected one; margins, gaps (N,)."""
     batch = encode(tokenizer, [pair["prompt"] for pair in pairs],
-                   [[pair["chosen"], pair["rejected"]] for pair in pairs], max_length)
+                   [[pair["chosen"], pair["rejected"]] for pair in pairs], max_length,
+                   [x for pair in pairs for x in pair.get("ended", [True, True])])
     return batch, *(torch.tensor([pair[key] for pair in pairs]) for key in ("margin", "gap"))
 
 def all_logps(model, tokenizer, pairs, max_length, args):
@@ -235,7 +242,10 @@ def main(args: Args):
     pairs, eval_pairs = ([], []) if args.iterations else load_splits(
         args, lambda path: read_pairs(path, args.loss))
     pairs = keep_different(pairs, tokenizer, max_length, args.dataset)
-    eval_pairs = keep_different(eval_pairs, tokenizer, max_length, args.eval_dataset)
+    eval_pairs = keep_different(eval_pairs, tokenizer, max_length, args.eval_dataset or "held out")
+    if args.margin_scale and (args.loss != "dpo" or not any(pair["margin"] for pair in pairs)):
+        stop("--margin-scale needs --loss dpo and pairs with `margin`, which sampled ones have not")
+    policy.context = max_length  # what is sampled must fit in training, too
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
     num_pairs = args.num_pairs if args.iterations else len(pairs)
     ref = None if args.precompute_ref else load_model(*load)
@@ -248,27 +258,29 @@ def main(args: Args):
     parts = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler}
     run.begin(parts | ({"ref": ref} if ref else {}), num_steps)
 
+    scale = 1 / args.eta if args.loss == "rebel" else args.beta  # of the implicit rewards
+
     def report():
+        if not (eval_pairs or eval_rows):
+            return
         start, metrics = load_model(*load), {}
         if eval_pairs:
             logps, ref_logps = (all_logps(m, tokenizer, eval_pairs, max_length, args)
                                 for m in (policy, start))
             delta = log_ratio_difference(*logps.T, *ref_logps.T)
             metrics |= {"eval_pair_accuracy": ((delta > 0).float() + (delta == 0) / 2).mean(),
-                        "eval_margin": args.beta * delta.mean()}
+                        "eval_margin": scale * delta.mean()}
         if eval_rows:
             values = greedy_rewards(policy, tokenizer, score, eval_rows, args.max_new_tokens,
                                     args.batch_size)
             torch.manual_seed(args.seed)
             prompts = [row["prompt"] for row in eval_rows]
-            batch, texts, _ = generate(policy, tokenizer, prompts, 1, args.max_new_tokens)
-            kl = kl_estimate(*(fixed_logps(m, batch, 1.0, args.micro_batch_size)
-                               for m in (policy, start)), "k1").sum(1)
+            kl, texts = kl_from_start(policy, start, tokenizer, prompts, args.max_new_tokens,
+                                      args.micro_batch_size)
             metrics |= {"eval_accuracy" if verified else "eval_reward": sum(values) / len(values),
                         "eval_kl": kl.mean()}
             run.samples(*(x[:args.log_samples] for x in (prompts, texts)))
-        if metrics:
-            run.log(metrics, "eval_accuracy", "eval_reward", "eval_pair_accuracy", "eval_kl")
+        run.log(metrics, "eval_accuracy", "eval_reward", "eval_pair_accuracy", "eval_kl")
 
     def new_pairs(iteration):
         """Pairs of an iteration; the policy as it is now is their reference."""
@@ -334,7 +346,7 @@ def main(args: Args):
         grad_norm = update(optimizer, scheduler, loss, args.max_grad_norm)
 
         # 4. Log
-        rewards = args.beta * (logps - ref_logps)  # implicit
+        rewards = scale * (logps - ref_logps)  # implicit
         margin = rewards[:, 0] - rewards[:, 1]
         run.log({"loss": loss, "nll": nll, "margin": margin.mean(),
                  "accuracy": ((margin > 0).float() + (margin == 0) / 2).mean(),

@@ -12,6 +12,7 @@ Differs from the print:
     2. 11.2.1 calls the ratio one to the reference model. It is one to the policy that sampled.
     3. The mean over tokens is a sum with fixed weights, so that micro-batches add up exactly.
     4. The mask keeps the EOS: the policy learns when to stop.
+    5. 11.2.3 has (difference)^2 / 2 for approx_kl. Here it is k3: unbiased.
 
     python grpo.py                                                     # the toy, in two minutes
     python grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math_gsm8k_train.jsonl
@@ -28,8 +29,8 @@ import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from common import (Run, check_prompts, completion_logps, fixed_logps, generate, greedy_rewards,
-                    kl_estimate, load_model, load_reward, load_rows, load_splits, load_tokenizer,
-                    masked_mean, parse_args, pick_device, stop, update)
+                    has_answers, kl_estimate, load_model, load_reward, load_rows, load_splits,
+                    load_tokenizer, masked_mean, parse_args, pick_device, stop, update, with_ended)
 
 @dataclass
 class Args:
@@ -42,15 +43,18 @@ class Args:
     seed: int = 0  # seed of the data's order and of sampling
     device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
+    """of the forward pass (autocast; the weights are float32); auto: bfloat16 where cuda has it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
     share_prompts: bool = True  # a prompt is computed once for all its completions: same result
 
     reward: str = "verifier"
     """verifier: 1 if the last number is `answer`; or FILE.py:function, called with the lists
-    prompts, completions, rows and returning a number for each (a list of them with process)"""
+    prompts, completions, rows and returning a number for each (a list of them with process);
+    row["ended"]: not cut off"""
     reward_model: str = ""  # folder of a reward model, used in place of --reward
+    missing_eos_penalty: float | None = None
+    """minus this is the reward of a completion cut off (N+: 1); None: scored as it stands"""
     supervision: Literal["outcome", "process"] = "outcome"
     """process: the reward gives each completion a list of numbers, one a step"""
     step_separator: str = "\n"  # what ends a step, with process supervision; blank ones don't count
@@ -111,6 +115,7 @@ def process_advantages(rewards, ends, num_tokens, num_generations, scale_by_std=
     """
     is_step = (ends >= 0).view(-1, num_generations * ends.shape[1])  # (P, G * S)
     groups = rewards.view(is_step.shape)
+    groups = groups - groups.gather(1, is_step.int().argmax(1, keepdim=True))  # as above
     count = is_step.sum(1, keepdim=True)
     groups = (groups - masked_mean(groups, is_step, 1)[:, None]) * is_step
     if scale_by_std:
@@ -183,6 +188,7 @@ def one_number(values):
     return torch.tensor([sum(v) / max(1, len(v)) if isinstance(v, list) else v for v in values])
 
 def main(args: Args):
+    args.step_separator = args.step_separator.replace("\\n", "\n")  # as a shell hands it on
     run = Run(args)
     torch.manual_seed(args.seed)
     random.seed(args.seed)  # for a --reward of yours
@@ -190,10 +196,15 @@ def main(args: Args):
     if G < 2 or not args.temperature:
         stop(f"--num-generations {G} --temperature {args.temperature}: a group needs at least 2, "
              "sampled, to be compared with each other")
+    if args.missing_eos_penalty is not None and args.supervision == "process":
+        stop("--missing-eos-penalty is one number a completion: not with --supervision process")
     verified = args.reward == "verifier" and not args.reward_model
     columns = ("prompt", "answer") if verified else ("prompt",)
     rows, eval_rows = load_splits(args, lambda path: load_rows(path, *columns))
     eval_rows = eval_rows[:args.eval_size]
+    if args.num_minibatches > min(args.num_prompts, len(rows)):
+        stop(f"--num-minibatches {args.num_minibatches}: more than there are groups in a step")
+    gold = not verified and has_answers(rows)  # the verifier looks on while another reward trains
     score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype,
                         args.micro_batch_size, by_step=args.supervision == "process")
     tokenizer = load_tokenizer(args.model)
@@ -222,11 +233,12 @@ def main(args: Args):
         drawn = random.Random(f"{args.seed} {step}").sample(rows, min(args.num_prompts, len(rows)))
         batch, texts, ended = generate(policy, tokenizer, [row["prompt"] for row in drawn], G,
                                        args.max_new_tokens, args.temperature)
-        of_each = [row for row in drawn for _ in range(G)]
+        of_each = with_ended([row for row in drawn for _ in range(G)], ended)
         prompts = [row["prompt"] for row in of_each]
         values = score(prompts, texts, of_each)
-        if {isinstance(v, list) for v in values} != {args.supervision == "process"}:
-            stop("--supervision process needs a list of numbers for each completion, outcome one")
+        if args.missing_eos_penalty is not None:
+            values = [value if row["ended"] else -args.missing_eos_penalty
+                      for value, row in zip(values, of_each, strict=True)]
         mask, (R, T) = batch.completion_mask, batch.completion_ids.shape
 
         # 2. Advantages of the tokens (R, T)
@@ -247,7 +259,7 @@ def main(args: Args):
             policy_logps = fixed_logps(policy, batch, *fixed)
 
         # 4. Gradient steps, each on whole groups
-        losses, clipped, kl_old = [], 0.0, 0.0
+        losses, grad_norm, clipped, kl_old = [], 0.0, 0.0, 0.0
         for _ in range(args.num_epochs):
             order = torch.randperm(len(drawn)) if updates > 1 else torch.arange(len(drawn))
             for groups in order.tensor_split(args.num_minibatches):
@@ -270,14 +282,15 @@ def main(args: Args):
                     clipped += (active & part.completion_mask).sum().item()
                     kl_old += kl_estimate(policy_logps[mb, :t], logps.detach(), "k3").sum().item()
                 lr = scheduler.get_last_lr()[0]
-                grad_norm = update(optimizer, scheduler, loss, args.max_grad_norm)
+                norm = update(optimizer, scheduler, loss, args.max_grad_norm)
+                grad_norm = max(grad_norm, norm)
                 losses.append(loss)
 
         # 5. Log
         num_tokens = mask.sum().item()
         level = (advantages.reshape(len(drawn), -1) == 0).all(1)  # all rewards of a group equal
         metrics = {
-            "reward": one_number(values).mean(), "reward_std": one_number(values).std(),
+            "reward": one_number(values).mean(), "reward_std": one_number(values).std(correction=0),
             "no_signal": level.float().mean(),
             "ended": ended.float().mean(), "completion_length": num_tokens / R,
             "entropy": -masked_mean(policy_logps, mask),  # E[-log pi], from the tokens sampled
@@ -288,7 +301,7 @@ def main(args: Args):
         if args.beta:
             kl = kl_estimate(policy_logps, ref_logps, "k1")
             metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask)}
-        if not verified and "answer" in drawn[0]:
+        if gold:
             metrics["gold_reward"] = one_number(verifier(prompts, texts, of_each)).mean()
         run.log(metrics, "reward", "kl", "completion_length")
         run.samples(*(x[:args.log_samples] for x in (prompts, texts, values)))

@@ -68,17 +68,43 @@ def load_splits(args, read):
     rows = read(args.dataset)
     if args.eval_dataset:
         return rows, read(args.eval_dataset)
-    return hold_out(rows, args.eval_size, args.seed)
+    rows, held = hold_out(rows, args.eval_size, args.seed)
+    if args.eval_size and not held:
+        print(f"{args.dataset}: under ten prompts, so none is held out and nothing evaluated")
+    return rows, held
 
 def hold_out(rows, num_prompts, seed):
-    """Rows -> (train, held out), by prompt, so that none is on both sides; at most a tenth."""
-    keys = [str(row.get("prompt") or row["messages"][0]) for row in rows]
+    """Rows -> (train, held out), by prompt, so that none is on both sides; at most a tenth. Chats
+    go by what the user says first: many have one system message, or share their first turns."""
+    keys = []
+    for chat in (row.get("prompt") or row["messages"] for row in rows):
+        turns = [turn for turn in (chat if isinstance(chat, list) else [])
+                 if isinstance(turn, dict) and turn.get("role") == "user"]
+        keys.append(str(turns[0] if turns else chat))
     prompts = sorted(set(keys))
     held = set(random.Random(seed).sample(prompts, min(num_prompts, len(prompts) // 10)))
     sides = [], []
     for row, key in zip(rows, keys, strict=True):
         sides[key in held].append(row)
     return sides
+
+def answer_text(answer, prompt):
+    """Text of an answer: a text, or the last of its messages, where the others are the prompt's.
+    ValueError where they are not: they would be lost."""
+    if isinstance(answer, str):
+        return answer
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if answer[:-1] not in ([], chat) or answer[-1]["role"] != "assistant":
+        raise ValueError("the answer's messages before its last are not those of the prompt, or "
+                         "the last is not the assistant's: `prompt` needs all earlier turns")
+    return answer[-1]["content"]
+
+def has_answers(rows):
+    """Whether every row has an `answer` that is a number, as a verifier needs it."""
+    try:
+        return all(math.isfinite(float(str(row["answer"]).replace(",", ""))) for row in rows)
+    except (KeyError, ValueError):
+        return False
 
 # --- Device, tokenizer and prompts ----------------------------------------------------------------
 
@@ -109,14 +135,26 @@ def encode_prompt(tokenizer, prompt):
     ids = tokenizer(prompt)["input_ids"]
     return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some close every text
 
+def after_answer(tokenizer):
+    """Ids that the chat template puts after an answer, say the end of turn and a newline."""
+    if not tokenizer.chat_template:
+        return []
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
 def end_of_turn(tokenizer):
-    """Id that closes a completion: what the chat template puts after an answer, else the EOS."""
-    ids = []
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return next((i for i in ids if i in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
+    """Id that closes a completion: the special one of `after_answer`, else the EOS."""
+    special = [i for i in after_answer(tokenizer) if i in tokenizer.added_tokens_decoder]
+    return (special or [tokenizer.eos_token_id])[0]
+
+def set_other_pad(tokenizer):
+    """Give the tokenizer a pad token that is no end, where it knows one. Transformers, and what is
+    built on it, scores a text at its last id that is not pad: never at an end that is."""
+    ends = {None, tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    others = set(tokenizer.added_tokens_decoder) - ends - {tokenizer.bos_token_id}
+    if tokenizer.pad_token_id in ends and others:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(min(others))
 
 def check_prompts(tokenizer, model, rows, max_new_tokens):
     """Stop where a prompt is empty, or with its completion would not fit in the model's context."""
@@ -126,12 +164,46 @@ def check_prompts(tokenizer, model, rows, max_new_tokens):
             stop(f"a prompt of {length} tokens with --max-new-tokens {max_new_tokens} does not fit "
                  f"in the model's {model.context}: {str(row['prompt'])[:80]!r}")
 
+# --- Models ---------------------------------------------------------------------------------------
+
+def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False,
+               new_head=0):
+    """Model of a Transformers auto class, from a folder or hub name, with float32 weights: in
+    bfloat16, updates at these learning rates would be rounded away. dtype: "bfloat16" runs forwards
+    in bfloat16 autocast, "auto" does so where cuda has it. new_head: labels of a head that need not
+    be there yet; model.has_new_head says whether it was made."""
+    with stop_on_error(f"{path}: no model there that {auto_class.__name__} loads"):
+        config = transformers.AutoConfig.from_pretrained(path)
+        config.num_labels = new_head or config.num_labels
+        for key, value in vars(config).items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)  # else two forwards of one policy differ: no ratio is 1
+        if from_scratch:
+            model, missing = auto_class.from_config(config, dtype=torch.float32), []
+        else:
+            model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32,
+                                                     output_loading_info=True)
+            missing = info["missing_keys"]
+    head = {key for key in missing if new_head and key.startswith(("score.", "classifier."))}
+    lost = sorted(set(missing) - head)
+    if lost:  # Transformers only warns, and makes up random weights
+        stop(f"{path}: no weights for {', '.join(lost[:3])} in it")
+    model.has_new_head = any(key.endswith("weight") for key in head)
+    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda" and
+                                       torch.cuda.is_bf16_supported(including_emulation=False))
+    model.autocast_dtype, model.recompute = torch.bfloat16 if bfloat16 else None, checkpointing
+    model.context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(device).eval()
+
 # --- The folder of a run --------------------------------------------------------------------------
 
 class Run:
     """args.json, metrics.jsonl, samples.jsonl, curves.png, checkpoint/, final/, and the progress.
-    Nothing is written before `begin`. What is replaced is replaced in one move: a run killed at any
-    moment, or on a full disk, has the old file or the new one."""
+    Nothing is written before `begin`. Files are replaced in one move: a run killed at any moment,
+    or on a full disk, has the old one or the new one; of a folder at least NAME.old or NAME.new.
+    """
 
     def __init__(self, args):
         self.args, self.folder, self.step = args, Path(args.output_dir), 0
@@ -141,6 +213,9 @@ class Run:
             least = int(count and isinstance(value, int))
             if isinstance(value, int | float) and value < least:
                 stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+            path = Path(value if isinstance(value, str) else "")
+            if args.overwrite and path.exists() and self.folder.resolve() in path.resolve().parents:
+                stop(f"--overwrite would delete --{name.replace('_', '-')} {value}")
         if self.folder.exists() and not (old.exists() and (args.resume or args.overwrite)):
             stop(f"{self.folder} exists: use --resume or --overwrite, or another --output-dir")
         if args.resume:
@@ -246,10 +321,14 @@ class Run:
         path, new = self.folder / name, self.folder / f"{name}.new"
         with stop_on_error(f"cannot write {path}; what was there is left"):
             path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(new, ignore_errors=True)  # what a killed run left of a folder
             write(new)
-            if path.is_dir():
-                shutil.rmtree(path)
+            old = self.folder / f"{name}.old"
+            if path.is_dir():  # no call replaces a folder: for a moment there is only .old
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(path, old)
             os.replace(new, path)
+            shutil.rmtree(old, ignore_errors=True)
 
     def _plot(self):
         from matplotlib.figure import Figure

@@ -7,13 +7,14 @@ Read beside the RLHF Book (draft of January 2025; "Policy Gradient" in later edi
     ppo_value_loss        11.2.2
     ptx_loss              8.2, pretraining gradients
     AdaptiveKLController  11.3 (Ziegler et al. 2019, arXiv:1909.08593)
-    clip_frac, approx_kl  11.4
+    clip_frac, approx_kl  11.4; 11.2.2, the code
 
 Differs from the print:
     1. 11.2.1 calls the ratio one to the reference model. It is one to the policy that sampled.
-    2. 11.2.2 uses reward - value, of no return, for the advantage, regresses the value on the
-       reward, and takes means over padding. Here: GAE, returns, and the mask.
-    3. 11.4 has (difference)^2 / 2 for approx_kl. Here it is k3: unbiased.
+    2. 11.2.2 takes reward - value as the advantage, without a return, regresses the value on the
+       reward, and takes means over padding and then over completions. Here: GAE, returns, and one
+       mean over all tokens that the mask has. The clip of the value is from the PPO code, not 11.2.
+    3. 11.2.2 has (difference)^2 / 2 for approx_kl. Here it is k3: unbiased.
     4. The value of token t is read before it: a baseline that has seen the token is biased.
 
     python ppo.py                                                      # the toy, in two minutes
@@ -28,12 +29,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, get_scheduler
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler)
 
 from common import (Batch, Run, check_prompts, completion_logps, completion_scores, fixed_logps,
-                    generate, greedy_rewards, kl_estimate, load_model, load_reward, load_rows,
-                    load_splits, load_tokenizer, masked_mean, pad, parse_args, pick_device, stop,
-                    update)
+                    generate, greedy_rewards, has_answers, kl_estimate, load_model, load_reward,
+                    load_rows, load_splits, load_tokenizer, masked_mean, pad, parse_args,
+                    pick_device, stop, update, with_ended)
 
 @dataclass
 class Args:
@@ -46,17 +47,18 @@ class Args:
     seed: int = 0  # seed of the data's order and of sampling
     device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
+    """of the forward pass (autocast; the weights are float32); auto: bfloat16 where cuda has it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
     share_prompts: bool = True  # a prompt is computed once for all its completions: same result
 
     reward: str = "verifier"
     """verifier: 1 if the last number is `answer`; or FILE.py:function, called with the lists
-    prompts, completions, rows and returning a number for each"""
+    prompts, completions, rows and returning a number for each; row["ended"]: not cut off"""
     reward_model: str = ""  # folder of a reward model, used in place of --reward
     critic_model: str = ""  # the critic's start; empty: --reward-model, or the policy, its head 0
-    missing_eos_penalty: float = 1.0  # minus this is the score of a completion cut off (N+: 1)
+    missing_eos_penalty: float | None = 1.0
+    """minus this is the reward of a completion cut off (N+: 1); None: it is scored as it stands"""
 
     num_steps: int = 200  # steps, each on new completions
     num_prompts: int = 64  # P, prompts a step (N+: 512)
@@ -178,15 +180,16 @@ def verifier(prompts, completions, rows):
 # --- Training -------------------------------------------------------------------------------------
 
 def load_critic(args, tokenizer, device):
-    """A model with one number a token; its head is 0 where there was none."""
+    """A reward model's class, of which every token is read, not the last; its head is 0 where there
+    was none."""
     path = args.critic_model or args.reward_model or args.model
     if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
         stop(f"{path} has another vocabulary than the policy: give a --critic-model that has it")
-    critic = load_model(AutoModelForTokenClassification, path, device, args.dtype,
+    critic = load_model(AutoModelForSequenceClassification, path, device, args.dtype,
                         args.gradient_checkpointing, new_head=1)
-    if "ForCausalLM" in str(critic.config.architectures):
-        for p in (critic.score if hasattr(critic, "score") else critic.classifier).parameters():
-            p.data.zero_()
+    if critic.has_new_head:
+        critic.score.weight.data.zero_()
+        critic.config.reward_bias = 0.0
     return critic
 
 @torch.no_grad()
@@ -210,10 +213,15 @@ def main(args: Args):
     G, device = args.num_generations, pick_device(args.device)
     if not args.temperature:
         stop("--temperature 0: completions must be sampled")
+    if args.kl_target and not args.beta:
+        stop("--kl-target needs a --beta to begin with: it adapts by factors")
     verified = args.reward == "verifier" and not args.reward_model
     columns = ("prompt", "answer") if verified else ("prompt",)
     rows, eval_rows = load_splits(args, lambda path: load_rows(path, *columns))
     eval_rows = eval_rows[:args.eval_size]
+    if args.num_minibatches > min(args.num_prompts, len(rows)) * G:
+        stop(f"--num-minibatches {args.num_minibatches}: more than there are completions in a step")
+    gold = not verified and has_answers(rows)  # the verifier looks on while another reward trains
     score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype,
                         args.micro_batch_size)
     tokenizer = load_tokenizer(args.model)
@@ -253,13 +261,11 @@ def main(args: Args):
         drawn = random.Random(f"{args.seed} {step}").sample(rows, min(args.num_prompts, len(rows)))
         batch, texts, ended = generate(policy, tokenizer, [row["prompt"] for row in drawn], G,
                                        args.max_new_tokens, args.temperature)
-        of_each = [row for row in drawn for _ in range(G)]
+        of_each = with_ended([row for row in drawn for _ in range(G)], ended)
         prompts = [row["prompt"] for row in of_each]
-        values = score(prompts, texts, of_each)
-        if any(isinstance(v, list) for v in values):
-            stop("the reward gave a list for a completion; it needs one number")
-        scores = torch.tensor(values, device=device)
-        scores[~ended] = -args.missing_eos_penalty
+        scores = torch.tensor(score(prompts, texts, of_each), device=device)
+        if args.missing_eos_penalty is not None:
+            scores[~ended] = -args.missing_eos_penalty
         mask, (R, T) = batch.completion_mask, batch.completion_ids.shape
 
         # 2. Log-probs under the reference, and under the policy that sampled. With one gradient
@@ -280,7 +286,7 @@ def main(args: Args):
             advantages = whiten(advantages, mask)
 
         # 4. Gradient steps of the critic and, after its warm-up, of the policy
-        losses, value_losses, ptx_losses, clipped, kl_old = [], [], [], 0.0, 0.0
+        losses, value_losses, ptx_losses, grad_norms, clipped, kl_old = [], [], [], [], 0.0, 0.0
         for _ in range(args.num_epochs):
             order = torch.randperm(R) if updates > 1 else torch.arange(R)
             for index in order.to(device).tensor_split(args.num_minibatches):
@@ -317,9 +323,10 @@ def main(args: Args):
                     (args.ptx_coef * ptx).backward()
                     ptx_losses.append(ptx.item())
                 lr = scheduler.get_last_lr()[0]
-                grad_norm = update(optimizer, scheduler, loss, args.max_grad_norm)
+                grad_norms.append(update(optimizer, scheduler, loss, args.max_grad_norm))
                 losses.append(loss)
-        controller.update(kl.sum(1).mean().item(), R)
+        if losses:  # before, the policy stands still
+            controller.update(kl.sum(1).mean().item(), R)
 
         # 5. Log
         num_tokens = mask.sum().item()
@@ -331,14 +338,14 @@ def main(args: Args):
             "explained_variance": explained_variance(old_values, returns, mask),
             "tokens_per_second": num_tokens / (time.time() - start)}
         if losses:
-            metrics |= {"loss": sum(losses) / updates, "grad_norm": grad_norm, "lr": lr,
+            metrics |= {"loss": sum(losses) / updates, "grad_norm": max(grad_norms), "lr": lr,
                         "clip_frac": clipped / num_tokens / args.num_epochs,
                         "approx_kl": kl_old / num_tokens / args.num_epochs}
         if ptx_losses:
             metrics["ptx_loss"] = sum(ptx_losses) / updates
         if args.beta:
             metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask), "beta": beta}
-        if not verified and "answer" in drawn[0]:
+        if gold:
             metrics["gold_reward"] = torch.tensor(verifier(prompts, texts, of_each)).mean()
         run.log(metrics, "reward", "kl", "completion_length")
         run.samples(*(x[:args.log_samples] for x in (prompts, texts, scores.tolist())))

@@ -14,8 +14,9 @@ The draft prints no formula for either. Choices it leaves open:
        Lightman's product: the probability of a step is 1 - P(-1), in all four solution scores.
 
     python prm.py                                                      # the toy, by steps
-    python prm.py --supervision outcome --dataset toy/orm_train.jsonl  # by outcomes
-    python prm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset prm_processbench_train.jsonl
+    python prm.py --supervision outcome --dataset toy/orm_train.jsonl \\
+        --eval-dataset toy/orm_test.jsonl --output-dir runs/orm        # by outcomes
+    python prm.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset steps.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py.
 """
@@ -49,14 +50,15 @@ class Args:
     seed: int = 0  # seed of the data's order and of the new head
     device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
+    """of the forward pass (autocast; the weights are float32); auto: bfloat16 where cuda has it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
     share_prompts: bool = True  # a prompt is computed once for all its completions: same result
     supervision: Literal["process", "outcome"] = "process"
     """process: a label for each step (PRM); outcome: one for the completion (ORM)"""
     step_separator: str = "\n"
-    """what ends a step, in training and where generated text is scored; saved with the model"""
+    """what ends a step, and stands nowhere else, in training and where generated text is scored;
+    saved with the model; \\n is a new line"""
     solution_score: Literal["auto", "product", "minimum", "last", "mean"] = "auto"
     """of the probabilities of a solution's steps (with outcome: of its tokens); saved with the
     model. auto: the product (Lightman); with outcome the last (Cobbe)"""
@@ -161,13 +163,18 @@ def to_steps(row):
 
 # --- Training -------------------------------------------------------------------------------------
 
-def read_examples(path, process):
-    """File -> list of {prompt, texts of steps or of one completion, labels}, prompt by prompt."""
-    examples, columns = [], ("steps", "labels") if process else ("completion", "label")
-    known = (-1, 0, 1, None) if process else (0, 1)
+def read_examples(path, separator):
+    """File -> list of {prompt, texts of steps or of one completion, labels}, prompt by prompt.
+    Without a separator: completions."""
+    examples, columns = [], ("steps", "labels") if separator else ("completion", "label")
+    known = (-1, 0, 1, None) if separator else (0, 1)
     for n, row in enumerate(load_rows(path, "prompt", *columns), 1):
         with stop_on_error(f"{path}, row {n}: cannot be read"):
-            texts, labels = to_steps(row) if process else ([row["completion"]], [row["label"]])
+            texts, labels = to_steps(row) if separator else ([row["completion"]], [row["label"]])
+            texts = [text.removesuffix(separator) for text in texts]
+            if separator and any(separator in text for text in texts):
+                raise ValueError(f"--step-separator {separator!r} stands within a step, which in "
+                                 "generated text would be several: choose another one")
             if not all(text.strip() for text in texts):
                 raise ValueError("an empty step or completion")
             if len(labels) > len(texts) or not all(x in known for x in labels):
@@ -234,6 +241,7 @@ def evaluate(model, examples, how, args):
                       balanced_accuracy(predicted, targets)}, scores, outcomes
 
 def main(args: Args):
+    args.step_separator = args.step_separator.replace("\\n", "\n")  # as a shell hands it on
     run = Run(args)
     torch.manual_seed(args.seed)
     process, how = args.supervision == "process", args.solution_score
@@ -241,14 +249,18 @@ def main(args: Args):
     if process and (args.head == "cobbe" or args.lm_coef or not args.step_separator):
         stop("--supervision process needs a --step-separator, and no --head cobbe or --lm-coef")
     device, tokenizer = pick_device(args.device), load_tokenizer(args.model)
-    examples, eval_examples = load_splits(args, lambda path: read_examples(path, process))
-    neutral = ["neutral"] * any(0 in e["labels"] for e in examples + eval_examples)
+    separator = args.step_separator * process
+    examples, eval_examples = load_splits(args, lambda path: read_examples(path, separator))
+    labels = {label for e in examples + eval_examples for label in e["labels"]}
+    if process and 0 in labels and -1 not in labels:
+        stop(f"{args.dataset}: a label 0 is neutral, and none is -1 or false, for a wrong step")
+    neutral = ["neutral"] * (0 in labels)
     names = ["wrong", *neutral, "right"] if process else ["right"]
     load, num_classes = (args.model, device, args.dtype, args.gradient_checkpointing), len(names)
     model = load_model(AutoModelForTokenClassification, *load, new_head=num_classes)
     model.config.update({
         "id2label": dict(enumerate(names)), "label2id": {c: i for i, c in enumerate(names)},
-        "reward_bias": 0.0, "step_separator": args.step_separator * process, "solution_score": how,
+        "reward_bias": 0.0, "step_separator": separator, "solution_score": how,
         "classifier_dropout": 0.0})  # where nothing is said, transformers has 0.1
     if args.lm_coef or args.head == "cobbe":  # a language model on the same backbone
         lm = load_model(AutoModelForCausalLM, *load)
@@ -258,7 +270,7 @@ def main(args: Args):
     if args.head == "cobbe":
         setattr(model, name, CobbeHead(lm.get_output_embeddings()).to(device))
     parts = torch.nn.ModuleList([model, lm] if args.lm_coef else [model])
-    encoding = tokenizer, min(args.max_length, model.context), args.step_separator * process
+    encoding = tokenizer, min(args.max_length, model.context), separator
     examples = encode_examples(examples, *encoding, args.dataset)
     eval_examples = encode_examples(eval_examples, *encoding, args.eval_dataset or "held out")
 

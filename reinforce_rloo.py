@@ -30,8 +30,8 @@ import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from common import (Run, check_prompts, completion_logps, fixed_logps, generate, greedy_rewards,
-                    kl_estimate, load_model, load_reward, load_rows, load_splits, load_tokenizer,
-                    masked_mean, parse_args, pick_device, stop, update)
+                    has_answers, kl_estimate, load_model, load_reward, load_rows, load_splits,
+                    load_tokenizer, masked_mean, parse_args, pick_device, stop, update, with_ended)
 
 @dataclass
 class Args:
@@ -44,15 +44,17 @@ class Args:
     seed: int = 0  # seed of the data's order and of sampling
     device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
+    """of the forward pass (autocast; the weights are float32); auto: bfloat16 where cuda has it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
     share_prompts: bool = True  # a prompt is computed once for all its completions: same result
 
     reward: str = "verifier"
     """verifier: 1 if the last number is `answer`; or FILE.py:function, called with the lists
-    prompts, completions, rows and returning a number for each"""
+    prompts, completions, rows and returning a number for each; row["ended"]: not cut off"""
     reward_model: str = ""  # folder of a reward model, used in place of --reward
+    missing_eos_penalty: float | None = None
+    """minus this is the reward of a completion cut off (N+: 1); None: it is scored as it stands"""
 
     num_steps: int = 200  # steps, each on new completions
     num_prompts: int = 64  # P, prompts a step (RLOO: 512 completions)
@@ -159,6 +161,7 @@ def main(args: Args):
     columns = ("prompt", "answer") if verified else ("prompt",)
     rows, eval_rows = load_splits(args, lambda path: load_rows(path, *columns))
     eval_rows = eval_rows[:args.eval_size]
+    gold = not verified and has_answers(rows)  # the verifier looks on while another reward trains
     score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype,
                         args.micro_batch_size)
     tokenizer = load_tokenizer(args.model)
@@ -172,6 +175,13 @@ def main(args: Args):
     moving = MovingAverage(args.moving_decay)
     run.begin({"policy": policy, "optimizer": optimizer, "scheduler": scheduler,
                "moving": moving}, args.num_steps)
+
+    def score_ended(rows, texts, ended):
+        values = score([row["prompt"] for row in rows], texts, with_ended(rows, ended))
+        scores = torch.tensor(values, device=device)
+        if args.missing_eos_penalty is not None:
+            scores[~ended] = -args.missing_eos_penalty
+        return scores
 
     def report():
         if eval_rows:
@@ -190,10 +200,7 @@ def main(args: Args):
                                        args.max_new_tokens, args.temperature)
         of_each = [row for row in drawn for _ in range(G)]
         prompts = [row["prompt"] for row in of_each]
-        values = score(prompts, texts, of_each)
-        if any(isinstance(v, list) for v in values):
-            stop("the reward gave a list for a completion; it needs one number")
-        scores = torch.tensor(values, device=device)
+        scores = score_ended(of_each, texts, ended)
         mask, (R, T) = batch.completion_mask, batch.completion_ids.shape
 
         # 2. Log-probs under the reference, and under the policy that sampled: the KL is part of the
@@ -210,8 +217,8 @@ def main(args: Args):
         greedy, baselines = None, ["none", "batch", "moving"] + ["rloo"] * (G > 1)
         if args.baseline == "remax":
             asked, baselines = [row["prompt"] for row in drawn], [*baselines, "remax"]
-            answers = generate(policy, tokenizer, asked, 1, args.max_new_tokens, temperature=0)[1]
-            greedy = torch.tensor(score(asked, answers, drawn), device=device)
+            answers = generate(policy, tokenizer, asked, 1, args.max_new_tokens, temperature=0)
+            greedy = score_ended(drawn, *answers[1:])
         by_baseline = {b: baseline_advantages(rewards, G, b, moving.value, greedy)
                        for b in baselines}
         advantages = reward_to_go(by_baseline[args.baseline], mask, args.gamma)
@@ -243,7 +250,7 @@ def main(args: Args):
             "tokens_per_second": num_tokens / (time.time() - start)}
         if args.beta:
             metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask)}
-        if not verified and "answer" in drawn[0]:
+        if gold:
             metrics["gold_reward"] = torch.tensor(verifier(prompts, texts, of_each)).mean()
         run.log(metrics, "reward", "kl", "completion_length")
         run.samples(*(x[:args.log_samples] for x in (prompts, texts, scores.tolist())))

@@ -11,7 +11,8 @@ Read beside the RLHF Book (draft of January 2025; "Rejection Sampling" in later 
 Differs from the print:
     1. 10.2.2's overall top 5 of 20 has index 19, of reward 0.6, where index 11, of 0.7, belongs.
     2. Ties go to the lower index, so that a run repeats.
-    3. A control of the same size is always trained beside: published gains have vanished beside it.
+    3. A control of the same size is trained beside: published gains have vanished beside it.
+    4. A completion that was cut off is trained without an end of turn, which nobody wrote.
 
     python rejection_sampling.py                                       # the toy, in two minutes
     python rejection_sampling.py --no-train                            # best of N alone
@@ -34,9 +35,9 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import (Run, check_prompts, completion_logps, encode, fixed_logps, generate,
-                    greedy_rewards, kl_estimate, load_model, load_reward, load_rows, load_splits,
-                    load_tokenizer, masked_mean, parse_args, pick_device, stop, update)
+from common import (Run, check_prompts, completion_logps, encode, generate,
+                    greedy_rewards, kl_from_start, load_model, load_reward, load_rows, load_splits,
+                    load_tokenizer, masked_mean, parse_args, pick_device, stop, update, with_ended)
 
 @dataclass
 class Args:
@@ -49,20 +50,21 @@ class Args:
     seed: int = 0  # seed of the data's order, of sampling and of the random selections
     device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
+    """of the forward pass (autocast; the weights are float32); auto: bfloat16 where cuda has it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
     share_prompts: bool = True  # a prompt is computed once for all its completions: same result
 
     reward: str = "verifier"
     """verifier: 1 if the last number is `answer`; or FILE.py:function, called with the lists
-    prompts, completions, rows and returning a number for each"""
+    prompts, completions, rows and returning a number for each; row["ended"]: not cut off"""
     reward_model: str = ""  # folder of a reward model, used in place of --reward
     rounds: int = 1  # of sampling and training, each from the policy of the one before
     num_prompts: int = 1024  # M, prompts a round, at most
     num_generations: int = 16  # N, completions a prompt (book: 10 to 30)
     completions: str = ""
-    """file of candidates of other models, beside the sampled ones: `prompt` and `completion`"""
+    """file of candidates of other models, beside the sampled ones: `prompt`, `completion` and, if
+    it was cut off, `ended` false"""
     sample: bool = True  # no: candidates of --completions alone
     max_new_tokens: int = 256  # longest completion, in tokens
     temperature: float = 1.0  # of sampling (book: 0.7 to 1.0)
@@ -110,14 +112,16 @@ def select_random(rewards, k=None, generator=None):
 
 def best_of_n_reward(rewards, n, values=None):
     """(M, N) -> mean over prompts of the expected best reward among n of the N completions; or of
-    what `values` (M, N) has at it, say a reward that did not choose.
+    what `values` (M, N) has at it, say a reward that did not choose. Book 10.3.
 
-    Over all choices of n, the i-th worst, from 0, is the best one in C(i, n - 1) / C(N, n). Book
-    10.3."""
-    order, N = rewards.argsort(1), rewards.shape[1]
-    weights = torch.tensor([math.comb(i, n - 1) / math.comb(N, n) for i in range(N)])
-    values = rewards if values is None else values
-    return (values.gather(1, order) * weights).sum(1).mean()
+    Over all choices of n, the i-th worst, from 0, is the best one in C(i, n - 1) / C(N, n). Prompts
+    with fewer than n completions are left out."""
+    values = (rewards if values is None else values).gather(1, rewards.argsort(1))  # worst first
+    means = []
+    for row, N in zip(values, (rewards > -math.inf).sum(1).tolist(), strict=True):
+        weights = [math.comb(i, n - 1) / math.comb(N, n) for i in range(N)] if n <= N else []
+        means += [(row[len(row) - N:] * torch.tensor(weights)).sum()] if weights else []
+    return torch.stack(means).mean()
 
 def best_of_n_kl(n):
     """KL(best of n || policy) = log n - (n - 1) / n, nats; a bound, exact without ties. 10.3."""
@@ -141,9 +145,9 @@ def verifier(prompts, completions, rows):
 # --- Training -------------------------------------------------------------------------------------
 
 def sample_candidates(policy, tokenizer, score, rows, others, run, name):
-    """-> [{prompt, completions, rewards}, ...], one for each row: --num-generations sampled, and
-    those of `others`, {prompt: texts}. They go into the file `name` of the run's folder as they
-    come, and what is there is not sampled again."""
+    """-> [{prompt, completions, ended, rewards}, ...], one for each row: --num-generations sampled,
+    and those of `others`, {prompt: [(text, ended)]}. They go into the file `name` of the run's
+    folder as they come, and what is there is not sampled again."""
     args, path, N = run.args, run.folder / name, run.args.num_generations
     size = max(1, args.micro_batch_size // N)  # prompts at a time
     text = path.read_text() if path.exists() else ""
@@ -154,13 +158,17 @@ def sample_candidates(policy, tokenizer, score, rows, others, run, name):
     for i in range(len(groups), len(rows), size):
         part = rows[i:i + size]
         torch.manual_seed(random.Random(f"{args.seed} {name} {i}").getrandbits(32))
-        sampled = generate(policy, tokenizer, [row["prompt"] for row in part], N,
-                           args.max_new_tokens, args.temperature)[1] if args.sample else []
-        new = [{"prompt": row["prompt"], "completions":
-                sampled[j * N:(j + 1) * N] + others.get(str(row["prompt"]), [])}
-               for j, row in enumerate(part)]
+        _, sampled, ended = generate(
+            policy, tokenizer, [row["prompt"] for row in part], N, args.max_new_tokens,
+            args.temperature) if args.sample else (None, [], torch.ones(0))
+        new, of_each = [], []
+        for j, row in enumerate(part):
+            here, more = slice(j * N, (j + 1) * N), others.get(str(row["prompt"]), [])
+            new.append({"prompt": row["prompt"],
+                        "completions": sampled[here] + [text for text, _ in more],
+                        "ended": ended[here].tolist() + [done for _, done in more]})
+            of_each += with_ended([row] * len(new[-1]["ended"]), torch.tensor(new[-1]["ended"]))
         flat = [text for group in new for text in group["completions"]]
-        of_each = [row for row, group in zip(part, new, strict=True) for _ in group["completions"]]
         values = iter(score([row["prompt"] for row in of_each], flat, of_each))
         for group in new:
             group["rewards"] = [*islice(values, len(group["completions"]))]
@@ -198,9 +206,10 @@ def choose(how, rewards, k, generator):
                else select_random(rewards, generator=generator))
     return torch.arange(len(rewards)) * rewards.shape[1] + columns
 
-def gradient_step(model, tokenizer, pairs, optimizer, scheduler, args):
-    """One step on (prompt, completion) pairs -> loss, norm of the gradient, number of tokens."""
-    batch = encode(tokenizer, [p for p, _ in pairs], [[t] for _, t in pairs]).to(model.device)
+def gradient_step(model, tokenizer, chosen, optimizer, scheduler, args):
+    """One step on (prompt, completion, ended) -> loss, norm of the gradient, number of tokens."""
+    prompts, texts, ended = zip(*chosen, strict=True)
+    batch = encode(tokenizer, prompts, [[text] for text in texts], ended=ended).to(model.device)
     loss, num_tokens = 0.0, batch.completion_mask.sum().item()
     for mb in batch.split(args.micro_batch_size):
         part = batch.rows(mb)
@@ -221,14 +230,19 @@ def main(args: Args):
     columns = ("prompt", "answer") if verified else ("prompt",)
     rows, eval_rows = load_splits(args, lambda path: load_rows(path, *columns))
     eval_rows = eval_rows[:args.eval_size]
-    others = {}
-    for row in load_rows(args.completions, "prompt", "completion") if args.completions else []:
-        others.setdefault(str(row["prompt"]), []).append(row["completion"])
     score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype,
                         args.micro_batch_size)
     load = AutoModelForCausalLM, args.model, device, args.dtype
     policy = load_model(*load, args.gradient_checkpointing)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
+    others = {}
+    for row in load_rows(args.completions, "prompt", "completion") if args.completions else []:
+        ids = encode(tokenizer, [row["prompt"]], [[row["completion"]]])
+        if ids.prompt_ids.shape[1] + ids.completion_ids.shape[1] > policy.context:
+            stop(f"{args.completions}: a completion with its prompt does not fit in the model's "
+                 f"{policy.context} tokens: {row['completion'][:80]!r}")
+        others.setdefault(str(row["prompt"]), []).append(
+            (row["completion"], bool(row.get("ended", True))))
     if not args.sample:  # only prompts that others have answered
         rows = [row for row in rows if str(row["prompt"]) in others] or stop(
             f"{args.completions}: none of its prompts is in {args.dataset}")
@@ -256,16 +270,15 @@ def main(args: Args):
             values = greedy_rewards(model, tokenizer, score, eval_rows, args.max_new_tokens,
                                     args.micro_batch_size)
             torch.manual_seed(args.seed)
-            batch = generate(model, tokenizer, prompts, 1, args.max_new_tokens)[0]
-            kl = kl_estimate(*(fixed_logps(m, batch, 1.0, args.micro_batch_size)
-                               for m in (model, start)), "k1").sum(1)
+            kl, _ = kl_from_start(model, start, tokenizer, prompts, args.max_new_tokens,
+                                  args.micro_batch_size)
             metrics["eval_accuracy" + end if verified else "eval_reward" + end] = (
                 sum(values) / len(values))
             metrics["eval_kl" + end] = kl.mean()
         run.log(metrics, *metrics)
 
     def selections(i, log):
-        """Candidates of round i -> {model's name: [(prompt, completion), ...]}."""
+        """Candidates of round i -> {model's name: [(prompt, completion, ended), ...]}."""
         drawn = random.Random(f"{args.seed} {i}").sample(rows, M)
         groups = sample_candidates(policy, tokenizer, score, drawn, others, run,
                                    f"candidates/{i}.jsonl")
@@ -277,16 +290,22 @@ def main(args: Args):
         blind = args.select if args.select.startswith("random") else f"random-{args.select}"
         places = {"policy": choose(args.select, rewards, K, generator),
                   "control": choose(blind, rewards, K, generator)}
+        N = rewards.shape[1]
+        chosen = {name: [(group["prompt"], group["completions"][j], group["ended"][j])
+                         for group, j in ((groups[x // N], x % N) for x in where.tolist())]
+                  for name, where in places.items()}
         if log:
             of = {name: rewards.flatten()[x].mean() for name, x in places.items()}
+            level = [len(set(group["rewards"])) < 2 for group in groups]  # the choice says nothing
+            ended = [x for group in groups for x in group["ended"]]
             run.log({"round": i, "reward": rewards[there].mean(), "reward_selected": of["policy"],
-                     "reward_random": of["control"],
-                     "best_of_n": rewards.max(1).values.mean()}, "reward", "reward_selected",
-                    "reward_random", "best_of_n", "eval")
+                     "reward_random": of["control"], "best_of_n": rewards.max(1).values.mean(),
+                     "no_signal": sum(level) / len(level), "ended": sum(ended) / len(ended)},
+                    "reward", "reward_selected", "reward_random", "best_of_n", "eval")
             draw_best_of_n(run, rewards)
-        N = rewards.shape[1]
-        return {name: [(groups[x // N]["prompt"], groups[x // N]["completions"][x % N])
-                       for x in chosen.tolist()] for name, chosen in places.items()}
+            prompts, texts, _ = zip(*chosen["policy"][:args.log_samples], strict=True)
+            run.samples(prompts, texts, rewards.flatten()[places["policy"][:len(texts)]].tolist())
+        return chosen
 
     if run.step == 0:
         report()

@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler)
 
-from common import (Run, completion_logps, encode, encode_prompt, last_scores, load_model,
-                    load_rows, load_splits, load_tokenizer, masked_mean, parse_args, pick_device,
-                    stop, stop_on_error, update)
+from common import (Run, answer_text, completion_logps, encode, encode_prompt, last_scores,
+                    load_model, load_rows, load_splits, load_tokenizer, masked_mean, parse_args,
+                    pick_device, set_other_pad, stop, stop_on_error, update)
 
 @dataclass
 class Args:
@@ -44,7 +44,7 @@ class Args:
     seed: int = 0  # seed of the data's order and of the new head
     device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
+    """of the forward pass (autocast; the weights are float32); auto: bfloat16 where cuda has it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
     share_prompts: bool = True  # a prompt is computed once for all its completions: same result
@@ -137,8 +137,7 @@ def to_comparison(row):
     if "completions" in row:
         return row["completions"], row["ranks"], 0.0
     pair = row["chosen"], row["rejected"]
-    sides = [x if isinstance(x, str) else x[-1]["content"] for x in pair]
-    return sides, [0, 1], float(row.get("margin") or 0.0)
+    return [answer_text(x, row["prompt"]) for x in pair], [0, 1], float(row.get("margin") or 0.0)
 
 # --- Training -------------------------------------------------------------------------------------
 
@@ -160,8 +159,9 @@ def read_examples(path):
 
 def keep_comparable(examples, tokenizer, max_length, name):
     """Leave out completions that are equal to another one, at the latest when cut to max_length,
-    and then examples without a comparison, or whose prompt fills max_length; says how many."""
-    kept = []
+    and then examples without a comparison, or whose prompt fills max_length; says how many, and how
+    many completions are cut."""
+    kept, cut = [], 0
     for e in examples:
         room = max_length - len(encode_prompt(tokenizer, e["prompt"]))
         ids = tokenizer(e["completions"], add_special_tokens=False)["input_ids"]
@@ -170,9 +170,10 @@ def keep_comparable(examples, tokenizer, max_length, name):
         ranks = [sorted(set(ranks)).index(rank) for rank in ranks]  # 0 the best, none left out
         if room > 0 and max(ranks, default=0) > 0:
             kept.append(e | {"ranks": ranks, "completions": [e["completions"][i] for i in first]})
-    if len(kept) < len(examples):
+            cut += sum(len(ids[i]) >= room for i in first)
+    if cut or len(kept) < len(examples):
         print(f"{name}: of {len(examples)} rows, dropped {len(examples) - len(kept)}: nothing to "
-              f"compare, or the same when cut to --max-length {max_length}")
+              f"compare, also when cut to --max-length {max_length}; cut {cut} completions")
     return kept or (examples and stop(f"{name}: no row has two different completions to compare"))
 
 def collate(examples, tokenizer, max_length):
@@ -202,6 +203,7 @@ def main(args: Args):
     examples, eval_examples = load_splits(args, read_examples)
     load = args.model, device, args.dtype, args.gradient_checkpointing
     model = load_model(AutoModelForSequenceClassification, *load, new_head=1)
+    set_other_pad(tokenizer)
     model.config.update({"pad_token_id": tokenizer.pad_token_id, "reward_bias": 0.0})
     parts = torch.nn.ModuleList([model])
     if args.nll_coef:  # a language model on the same backbone
@@ -210,7 +212,8 @@ def main(args: Args):
         lm.tie_weights()
     max_length = min(args.max_length, model.context)
     examples = keep_comparable(examples, tokenizer, max_length, args.dataset)
-    eval_examples = keep_comparable(eval_examples, tokenizer, max_length, args.eval_dataset)
+    eval_examples = keep_comparable(eval_examples, tokenizer, max_length,
+                                    args.eval_dataset or "held out")
     ranked = any(len(e["ranks"]) > 2 for e in examples)
     if ranked and args.margin_scale and any(e["margin"] for e in examples):
         stop(f"{args.dataset}: margins go with pairs (eq. 5), but some rows rank more than two: "
@@ -273,7 +276,7 @@ def main(args: Args):
         better, worse = ranked_pairs(ranks, batch.prompt_of)
         run.log({"loss": loss, "accuracy": pair_accuracy(rewards[better], rewards[worse]),
                  "margin": (rewards[better] - rewards[worse]).mean(),
-                 "reward": rewards.mean(), "reward_std": rewards.std(),
+                 "reward": rewards.mean(), "reward_std": rewards.std(correction=0),
                  "grad_norm": grad_norm, "lr": lr,
                  "tokens_per_second": batch.completion_mask.sum().item() / (time.time() - start)},
                 "loss", "accuracy")
@@ -281,7 +284,9 @@ def main(args: Args):
             report()
 
     # The loss does not see a constant. Choose the one that makes the mean reward of the training
-    # completions 0 (InstructGPT). The heads of Transformers have no bias: it goes into config.json.
+    # completions 0, as InstructGPT does for its demonstrations. Heads have no bias in Transformers:
+    # it goes into config.json.
+    run.checkpoint()  # the pass takes a while
     mean = score_all(model, tokenizer, examples, max_length, args)[0].mean().item()
     model.config.reward_bias = -mean
     print(f"reward_bias {-mean:.4g}: the mean reward of the training completions is now 0")

@@ -26,8 +26,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
-from common import (Run, encode, encode_prompt, last_scores, load_model, load_rows, load_splits,
-                    load_tokenizer, parse_args, pick_device, stop, stop_on_error, update)
+from common import (Run, answer_text, encode, encode_prompt, last_scores, load_model, load_rows,
+                    load_splits, load_tokenizer, parse_args, pick_device, set_other_pad, stop,
+                    stop_on_error, update)
 
 @dataclass
 class Args:
@@ -42,7 +43,7 @@ class Args:
     seed: int = 0  # seed of the data's order and of the new head
     device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
+    """of the forward pass (autocast; the weights are float32); auto: bfloat16 where cuda has it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
     share_prompts: bool = True  # a prompt is computed once for all its completions: same result
@@ -125,7 +126,7 @@ def to_ranking(row):
     if "completions" in row:
         return row["completions"], row["ranks"]
     pair = row["chosen"], row["rejected"]
-    return [x if isinstance(x, str) else x[-1]["content"] for x in pair], [0, 1]
+    return [answer_text(x, row["prompt"]) for x in pair], [0, 1]
 
 # --- Training -------------------------------------------------------------------------------------
 
@@ -149,8 +150,9 @@ def read_examples(path):
 
 def keep_comparable(examples, tokenizer, max_length, name):
     """Leave out completions that are equal to another one, at the latest when cut to max_length,
-    and then examples without a comparison, or whose prompt fills max_length; says how many."""
-    kept = []
+    and then examples without a comparison, or whose prompt fills max_length; says how many, and how
+    many completions are cut."""
+    kept, cut = [], 0
     for e in examples:
         room = max_length - len(encode_prompt(tokenizer, e["prompt"]))
         ids = tokenizer(e["completions"], add_special_tokens=False)["input_ids"]
@@ -159,9 +161,10 @@ def keep_comparable(examples, tokenizer, max_length, name):
         ranks = [sorted(set(ranks)).index(rank) for rank in ranks]  # 0 the best, none left out
         if room > 0 and max(ranks, default=0) > 0:
             kept.append(e | {"ranks": ranks, "completions": [e["completions"][i] for i in first]})
-    if len(kept) < len(examples):
+            cut += sum(len(ids[i]) >= room for i in first)
+    if cut or len(kept) < len(examples):
         print(f"{name}: of {len(examples)} rows, dropped {len(examples) - len(kept)}: nothing to "
-              f"compare, or the same when cut to --max-length {max_length}")
+              f"compare, also when cut to --max-length {max_length}; cut {cut} completions")
     return kept or (examples and stop(f"{name}: no row has two different completions to compare"))
 
 def collate(examples, tokenizer, max_length):
@@ -190,10 +193,12 @@ def main(args: Args):
     examples, eval_examples = load_splits(args, read_examples)
     model = load_model(AutoModelForSequenceClassification, args.model, device, args.dtype,
                        args.gradient_checkpointing, new_head=1)
+    set_other_pad(tokenizer)
     model.config.update({"pad_token_id": tokenizer.pad_token_id, "reward_bias": 0.0})
     max_length = min(args.max_length, model.context)
     examples = keep_comparable(examples, tokenizer, max_length, args.dataset)
-    eval_examples = keep_comparable(eval_examples, tokenizer, max_length, args.eval_dataset)
+    eval_examples = keep_comparable(eval_examples, tokenizer, max_length,
+                                    args.eval_dataset or "held out")
 
     order = [i for epoch in range(args.num_epochs)  # each epoch in an order of its own
              for i in random.Random(f"{args.seed} {epoch}").sample(range(len(examples)),
@@ -239,7 +244,7 @@ def main(args: Args):
         better, worse = ranked_pairs(ranks, batch.prompt_of)
         run.log({"loss": loss, "accuracy": pair_accuracy(rewards[better], rewards[worse]),
                  "margin": (rewards[better] - rewards[worse]).mean(),
-                 "reward": rewards.mean(), "reward_std": rewards.std(),
+                 "reward": rewards.mean(), "reward_std": rewards.std(correction=0),
                  "grad_norm": grad_norm, "lr": lr,
                  "tokens_per_second": batch.completion_mask.sum().item() / (time.time() - start)},
                 "loss", "accuracy")
@@ -247,7 +252,9 @@ def main(args: Args):
             report()
 
     # The loss does not see a constant. Choose the one that makes the mean reward of the training
-    # completions 0 (InstructGPT). The heads of Transformers have no bias: it goes into config.json.
+    # completions 0, as InstructGPT does for its demonstrations. Heads have no bias in Transformers:
+    # it goes into config.json.
+    run.checkpoint()  # the pass takes a while
     mean = score_all(model, tokenizer, examples, max_length, args)[0].mean().item()
     model.config.reward_bias = -mean
     print(f"reward_bias {-mean:.4g}: the mean reward of the training completions is now 0")

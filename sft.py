@@ -40,7 +40,7 @@ class Args:
     seed: int = 0  # seed of the data's order, of sampling, and of the weights with --from-scratch
     device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward pass (autocast; the weights are float32); auto: bfloat16 on cuda"""
+    """of the forward pass (autocast; the weights are float32); auto: bfloat16 where cuda has it"""
     from_scratch: bool = False  # start from random weights of the model's shape
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""

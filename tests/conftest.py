@@ -76,6 +76,23 @@ def make_model(kind, seed=0):
     return model.eval()
 
 
+def other_weights(module, monkeypatch):
+    """The reference, which `module` loads as its second causal model, gets weights of its own."""
+    load, loaded = module.load_model, []
+
+    def loading(auto_class, *args, **more):
+        model = load(auto_class, *args, **more)
+        loaded.extend([model] if auto_class is module.AutoModelForCausalLM else [])
+        if model in loaded[1:]:
+            noise = torch.Generator().manual_seed(7)
+            for p in model.parameters():
+                p.data += 0.03 * torch.randn(p.shape, generator=noise)
+        return model
+
+    monkeypatch.setattr(module, "load_model", loading)
+    return loaded
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
@@ -88,7 +105,7 @@ def llama():
 
 @pytest.fixture(scope="session")
 def real_model():
-    """Folder of a real chat model: $REAL_MODEL, or where tools/smollm2.py puts one."""
+    """Folder of a real chat model: $REAL_MODEL, else one in the cache; without either, skip."""
     default = Path.home() / ".cache" / "smollm2-135m-instruct"
     folder = Path(os.environ.get("REAL_MODEL", default))
     if not (folder / "model.safetensors").exists():

@@ -16,9 +16,11 @@ from conftest import ROOT, make_tokenizer
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import common
+import dpo_nll
 import grpo
 import ppo
 import reinforce_rloo
+import rejection_sampling
 import sft
 
 TOY = str(ROOT / "toy" / "model")
@@ -388,6 +390,22 @@ def test_a_critic_of_another_vocabulary(tmp_path):
     refused(ppo, tmp_path, *words, critic_model=str(tmp_path / "gpt2"))
 
 
+def test_more_minibatches_than_there_is_to_divide(tmp_path):
+    refused(grpo, tmp_path, "--num-minibatches 3", num_minibatches=3)  # two groups
+    ppo.main(some_args(ppo, tmp_path, num_minibatches=4))  # four completions
+    shutil.rmtree(tmp_path / "run")
+    refused(ppo, tmp_path, "--num-minibatches 5", num_minibatches=5)
+
+
+def test_a_kl_target_without_a_kl(tmp_path):
+    refused(ppo, tmp_path, "--kl-target", kl_target=6.0, beta=0.0)
+
+
+def test_a_penalty_of_completions_beside_rewards_of_steps(tmp_path):
+    changes = dict(missing_eos_penalty=1.0, supervision="process")
+    refused(grpo, tmp_path, "--missing-eos-penalty", **changes)
+
+
 def test_pretraining_gradients_need_text(tmp_path):
     refused(ppo, tmp_path, "no such file", ptx_coef=1.0)
     path = write_rows(tmp_path / "text.jsonl", {"text": "12"}, {"txt": "34"})
@@ -497,10 +515,26 @@ def test_step_rewards_without_process_supervision(tmp_path, counts):
     refused(grpo, tmp_path, "--supervision", run_made=True, reward=reward_file(tmp_path, body))
 
 
-@pytest.mark.parametrize("script", [reinforce_rloo, ppo], ids=lambda x: x.__name__)
-def test_rewards_of_steps_where_one_number_is_needed(script, tmp_path):
-    reward = reward_file(tmp_path, "return [[1.0, 0.0] for _ in rows]")
-    refused(script, tmp_path, "list", "one number", run_made=True, reward=reward)
+@pytest.mark.parametrize("when", ["evaluating", "training"])
+@pytest.mark.parametrize(
+    "script", [reinforce_rloo, ppo, rejection_sampling, dpo_nll], ids=lambda x: x.__name__
+)
+def test_rewards_of_steps_where_one_number_is_needed(script, tmp_path, when):
+    """Lists of different lengths; nothing of them is kept for a --resume to find."""
+    body = "return [[1.0] * (i % 2 + 1) for i, _ in enumerate(rows)]"
+    changes = dict(reward=reward_file(tmp_path, body))
+    if when == "evaluating":
+        path = write_rows(tmp_path / "held.jsonl", *ROWS)
+        changes |= dict(eval_size=4)
+        changes |= {"eval_prompts" if script is dpo_nll else "eval_dataset": path}
+    args = dict(model=TOY, output_dir=str(tmp_path / "run"), eval_size=0, max_new_tokens=8)
+    args |= dict(num_prompts=2, num_generations=2, device="cpu")
+    args |= dict(iterations=1) if script is dpo_nll else {}
+    rows = write_rows(tmp_path / "rows.jsonl", *ROWS)
+    text = message(script.main, script.Args(**args | dict(dataset=rows) | changes))
+    assert "list" in text and "one number" in text
+    kept = [*(tmp_path / "run").glob("*/0.jsonl")]
+    assert not any(path.read_text() for path in kept)
 
 
 @pytest.mark.parametrize("supervision", ["outcome", "process"])
@@ -637,6 +671,16 @@ def test_overwrite_with_bad_input_leaves_the_old_run(script_and_run, tmp_path, b
     assert contents(run) == before
 
 
+def test_overwrite_does_not_delete_what_it_reads(script_and_run):
+    script, args, run = script_and_run
+    before = contents(run)
+    args.overwrite, args.model = True, str(run / "final")
+    assert "would delete --model" in message(script.main, args)
+    args.model, args.dataset = TOY, str(run / "metrics.jsonl")
+    assert "would delete --dataset" in message(script.main, args)
+    assert contents(run) == before
+
+
 def test_overwrite_replaces_the_old_run(script_and_run):
     script, args, run = script_and_run
     (run / "left over").write_text("")
@@ -718,6 +762,32 @@ def test_a_final_model_that_cannot_be_written(script_and_run, monkeypatch):
     text = message(script.main, args)
     assert ("--output-dir" in text or "final" in text) and "No space left" in text
     assert contents(run / "final") == final
+
+
+def test_a_final_model_is_there_at_every_moment(script_and_run, monkeypatch):
+    """Killed before any move of a folder, the old model or the new one is whole."""
+    script, args, run = script_and_run
+    args.resume = True
+    final, moves, replace = contents(run / "final"), [], os.replace
+    for kill_at in range(2):
+
+        def killed(a, b, at=kill_at):
+            if "final" in str(a):
+                moves.append(1)
+                if len(moves) > at:
+                    raise KeyboardInterrupt
+            return replace(a, b)
+
+        del moves[:]
+        monkeypatch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            script.main(args)
+        found = [contents(run / name) for name in ("final", "final.old") if (run / name).exists()]
+        assert final.keys() in [x.keys() for x in found]
+    monkeypatch.setattr("os.replace", replace)
+    script.main(args)
+    assert contents(run / "final") == final
+    assert not (run / "final.old").exists() and not (run / "final.new").exists()
 
 
 def test_the_program_on_a_full_disk(tmp_path):

@@ -82,6 +82,15 @@ def test_a_cut_completion_has_no_end(tokenizer):
     assert batch.completion_ids[1, 2] == tokenizer.eos_token_id
 
 
+def test_a_completion_that_did_not_end_gets_no_end(tokenizer):
+    """One flag for each of the R completions, over prompts of several; without a text, an end."""
+    ended = [True, False, True, False, False, False]
+    batch = common.encode(tokenizer, PROMPTS, [*COMPLETIONS[:2], ["a", ""]], ended=ended)
+    got = [ids for _, ids in sequences(batch)]
+    assert [ids[-1] == tokenizer.eos_token_id for ids in got] == [*ended[:5], True]
+    assert tokenizer.decode(got[1]) == "no, never" and got[5] == [tokenizer.eos_token_id]
+
+
 def test_rows_keeps_each_completion_with_its_prompt(batch):
     all_rows = list(sequences(batch))
     for index in ([4], [5, 0, 3], [1, 1], [2, 4]):
@@ -508,8 +517,117 @@ def test_hold_out_splits_by_prompt():
     assert common.hold_out(rows, 0, 0)[1] == []
 
 
+def test_chats_are_held_out_by_what_the_user_says_first():
+    """Not by the system message, which all may share; turns of one conversation stay together."""
+    def chat(i, *more):
+        system = {"role": "system", "content": "be good"}
+        return [system, {"role": "user", "content": f"p{i}"}, *more]
+
+    later = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "more"}]
+    rows = [{"messages": chat(i)} for i in range(30)]
+    train, test = common.hold_out(rows, 5, 0)
+    assert len(train) == 27 and len(test) == 3
+    rows = [{"prompt": chat(i // 2, *later * (i % 2))} for i in range(40)]
+    train, test = common.hold_out(rows, 2, 0)
+    assert len(test) == 4 and len({row["prompt"][1]["content"] for row in test}) == 2
+
+
+def test_nothing_held_out_is_said(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    args = type("", (), dict(dataset=path, eval_dataset="", eval_size=4, seed=0))
+    assert common.load_splits(args, common.load_rows)[1] == []
+    assert "none is held out" in capsys.readouterr().out
+
+
+def test_an_answer_may_be_messages_that_go_on_from_the_prompt():
+    user, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    for prompt in ("q", [user]):
+        for form in ("a", [answer], [user, answer]):
+            assert common.answer_text(form, prompt) == "a"
+        system = {"role": "system", "content": "s"}
+        for lost in ([system, user, answer], [answer, user, answer], [user], [user, user]):
+            with pytest.raises(ValueError, match="earlier turns|last"):
+                common.answer_text(lost, prompt)
+
+
+def test_which_answers_a_verifier_can_read():
+    assert common.has_answers([{"answer": "1,200"}, {"answer": -3.5}])
+    for answer in ("Paris", "#### 72", None, "nan", ""):
+        assert not common.has_answers([{"answer": "1"}, {"answer": answer}])
+    assert not common.has_answers([{"answer": "1"}, {}])
+
+
+def test_the_kl_from_the_start_in_parts(tokenizer, llama):
+    """It is sampled `batch_size` prompts at a time; of a policy from itself it is 0, and from
+    another one it is, on average over many, the enumerated KL of one token."""
+    other = make_model("llama", 1)
+    torch.manual_seed(0)
+    kl, texts = common.kl_from_start(llama, llama, tokenizer, PROMPTS, 5, 2)
+    assert kl.shape == (3,) and len(texts) == 3 and kl.abs().max() < 1e-4
+    kl, _ = common.kl_from_start(llama, other, tokenizer, ["p"] * 3000, 1, 500)
+    ids = torch.tensor([common.encode_prompt(tokenizer, "p")])
+    with torch.no_grad():
+        want = common.exact_kl(*(model(ids).logits[0, -1] for model in (llama, other)))
+    assert kl.mean().item() == pytest.approx(want.item(), rel=0.1)
+
+
 def test_a_reward_file_and_its_values(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def f(prompts, completions, rows):\n    return [len(c) for c in completions]")
     score = common.load_reward(f"{path}:f", None)
     assert score(["p", "p"], ["abc", ""], [{}, {}]) == [3, 0]  # 0 is a value, not a lack of one
+
+
+# --- Reward models --------------------------------------------------------------------------------
+
+
+TAIL = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["of rm_bt.py", "of another library"])
+@pytest.mark.parametrize("pad_is_eos", [True, False])
+def test_where_a_reward_model_is_read(tmp_path, ours, pad_is_eos):
+    """Ours at the end of turn; another library's where Transformers pools: at the last id of the
+    chat template's text that is not pad. A completion that was cut off has no end, in both."""
+    tokenizer = make_tokenizer(pad_is_eos=pad_is_eos)
+    tokenizer.chat_template = TAIL + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    make_model("llama").save_pretrained(tmp_path)
+    torch.manual_seed(3)
+    model = common.load_model(
+        AutoModelForSequenceClassification, tmp_path, torch.device("cpu"), new_head=1
+    )
+    torch.nn.init.normal_(model.score.weight)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if ours:
+        model.config.reward_bias = 0.5
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    score = common.load_reward("verifier", None, str(tmp_path), torch.device("cpu"))
+    got = score(["q", "q"], ["yes", "yes"], [{}, {"ended": False}])
+    head = tokenizer("[user]q<eos>\n[assistant]", add_special_tokens=False)["input_ids"]
+    text = tokenizer("yes", add_special_tokens=False)["input_ids"]
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]
+    whole = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"]
+    if ours:
+        with torch.no_grad():
+            hidden = model.model(torch.tensor([head + text + [1]]))[0][0, -1]
+        want = (model.score(hidden) + 0.5).item()
+    else:
+        want = model(torch.tensor([whole])).logits[0, 0].item()  # Transformers' own pooling
+    assert got[0] == pytest.approx(want, abs=1e-4)
+    with torch.no_grad():
+        cut = model.score(model.model(torch.tensor([head + text]))[0][0, -1]).item()
+    assert got[1] == pytest.approx(cut + 0.5 * ours, abs=1e-4) and got[0] != got[1]
+
+
+def test_a_reward_model_gets_a_pad_token_that_ends_nothing():
+    for pad in ("<eos>", None, "<other>"):
+        tokenizer = make_tokenizer()
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<pad>", "<other>"]})
+        tokenizer.pad_token = pad
+        common.set_other_pad(tokenizer)
+        assert tokenizer.pad_token == ("<other>" if pad == "<other>" else "<pad>")
+    tokenizer = make_tokenizer(pad_is_eos=True)  # it knows of no other
+    common.set_other_pad(tokenizer)
+    assert tokenizer.pad_token == "<eos>"

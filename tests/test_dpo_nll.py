@@ -166,7 +166,8 @@ def test_log_probs_by_a_plain_forward_and_the_rejected_leaves_the_chosen():
     "changes",
     [dict(precompute_ref=False), dict(micro_batch_size=3), dict(share_prompts=False),
      dict(loss="ipo", micro_batch_size=3), dict(margin_scale=9.0, micro_batch_size=3, alpha=0.0),
-     dict(loss="rpo", eta=3.0, micro_batch_size=3), dict(normalize_length=True, beta=5.0)],
+     dict(loss="rpo", eta=3.0, micro_batch_size=3),
+     dict(normalize_length=True, beta=5.0, micro_batch_size=3)],
 )  # fmt: skip
 def test_how_it_is_computed_changes_nothing(tmp_path, changes):
     """A kept reference, micro-batches, plain prompts; with margins and rewards of each row."""
@@ -198,6 +199,75 @@ def test_losses_with_rewards_in_the_rows(tmp_path, loss):
         dpo_nll.main(tiny_args(tmp_path, loss=loss, overwrite=True))
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_short_last_step_by_a_plain_computation(tmp_path, normalize):
+    """10 pairs, 8 and then 2, which weigh a half each; lengths normalised on both sides, or not."""
+    rows = write(tmp_path / "r.jsonl", toy_rows(10))
+    args = tiny_args(tmp_path, dataset=rows, eval_dataset="", eval_size=0, micro_batch_size=2,
+                     normalize_length=normalize, beta=0.3, alpha=0.0)  # fmt: skip
+    kept, update = [], dpo_nll.update
+
+    def keeping(optimizer, *rest):  # the second step's policy is that of the first one's update
+        kept.append([p.detach().clone() for p in optimizer.param_groups[0]["params"]])
+        return update(optimizer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dpo_nll, "update", keeping)
+        row = steps(run(args))[1]
+    tokenizer, device = common.load_tokenizer(args.model), torch.device("cpu")
+    ref, policy = (common.load_model(dpo_nll.AutoModelForCausalLM, args.model, device)
+                   for _ in range(2))  # fmt: skip
+    for p, value in zip(policy.parameters(), kept[1], strict=True):
+        p.data = value
+    order = dpo_nll.random.Random(f"{args.seed} 0 0").sample(range(10), 10)
+    loss = 0.0
+    for pair in [toy_rows(10)[i] for i in order[8:]]:
+        prompt, ratios = common.encode_prompt(tokenizer, pair["prompt"]), []
+        for side in ("chosen", "rejected"):
+            ids = tokenizer(pair[side], add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([prompt + ids + [tokenizer.eos_token_id]])
+            pi, pi_ref = (m(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+                          [len(prompt) - 1:].sum() for m in (policy, ref))  # fmt: skip
+            ratios.append((pi - pi_ref) / (ids.shape[1] - len(prompt) if normalize else 1))
+        loss = loss + (1 + (-0.3 * (ratios[0] - ratios[1])).exp()).log() / 2
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in policy.parameters()]).norm().item()
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_the_implicit_rewards_of_rebel_are_scaled_by_its_eta(tmp_path):
+    """(delta / eta - gap)^2 is least where the margin, as logged, is the gap."""
+    rows = [row | {"score_chosen": 1.0, "score_rejected": 0.0} for row in toy_rows(8)]
+    path = write(tmp_path / "r.jsonl", rows)
+    args = tiny_args(tmp_path, dataset=path, eval_dataset=path, loss="rebel", eta=2.0, alpha=0.0,
+                     num_epochs=30, learning_rate=3e-4)  # fmt: skip
+    rows = run(args)
+    assert steps(rows)[-1]["margin"] == pytest.approx(1, abs=0.15)
+    assert [row["eval_margin"] for row in rows if "eval_margin" in row][-1] == pytest.approx(
+        steps(rows)[-1]["margin"], abs=0.1)  # fmt: skip
+
+
+def test_a_margin_scale_that_has_nothing_to_scale_is_refused(tmp_path):
+    (tmp_path / "i").mkdir()
+    for args in (tiny_args(tmp_path, margin_scale=1.0, loss="ipo"),
+                 iterate(tmp_path / "i", margin_scale=1.0)):  # fmt: skip
+        with pytest.raises(SystemExit, match="--margin-scale"):
+            dpo_nll.main(args)
+
+
+def test_messages_that_would_be_lost_are_refused(tmp_path):
+    user, other = {"role": "user", "content": "1"}, {"role": "user", "content": "2"}
+    first, last = ({"role": "assistant", "content": x} for x in "34")
+    good = {"prompt": "1", "chosen": [user, first], "rejected": [last]}
+    path = write(tmp_path / "good.jsonl", [good] * 8)
+    run(tiny_args(tmp_path, dataset=path, eval_dataset=""))
+    bad = good | {"chosen": [user, first, other, last]}
+    path = write(tmp_path / "bad.jsonl", [good, bad])
+    with pytest.raises(SystemExit, match="row 2.*earlier turns"):
+        dpo_nll.main(tiny_args(tmp_path, dataset=path, eval_dataset="", overwrite=True))
+
+
 def test_margins_of_the_rows_are_used(tmp_path):
     rows = write(tmp_path / "r.jsonl", [row | {"margin": 0.5} for row in toy_rows(8)])
     changes = dict(dataset=rows, alpha=0.0, margin_scale=2.0, eval_dataset="", eval_size=0)
@@ -222,15 +292,16 @@ def test_equal_pairs_are_dropped_and_counted_and_empty_ones_refused(tmp_path, ca
 
 
 def iterate(tmp_path, **changes):
-    """Args of two iterations of two steps, with a reward that differs between completions."""
+    """Args of two iterations, with a reward that differs between completions."""
     (tmp_path / "reward.py").write_text(
         "def f(prompts, completions, rows):\n    return [float(len(set(c))) for c in completions]"
     )
-    return tiny_args(
-        tmp_path, dataset=str(ROOT / "toy/problems_train.jsonl"), eval_dataset="", num_prompts=6,
+    values = dict(
+        dataset=str(ROOT / "toy/problems_train.jsonl"), eval_dataset="", num_prompts=6,
         num_generations=4, num_pairs=8, batch_size=4, iterations=2, max_new_tokens=12,
-        reward=f"{tmp_path}/reward.py:f", learning_rate=1e-3, temperature=3.0, **changes,
+        reward=f"{tmp_path}/reward.py:f", learning_rate=1e-3, temperature=3.0,
     )  # fmt: skip
+    return tiny_args(tmp_path, **values | changes)
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -245,6 +316,40 @@ def test_each_iteration_has_pairs_and_a_reference_of_its_own(tmp_path, kept):
         assert len(set(pair["chosen"])) - len(set(pair["rejected"])) == pair["gap"] > 0
     assert pairs[0] != pairs[1] and len(pairs[0]) == 8
     assert len({pair["prompt"] for pair in pairs[0]}) > 1
+
+
+@pytest.mark.filterwarnings("ignore:over 20")
+def test_no_end_is_trained_that_the_policy_did_not_write(tmp_path, monkeypatch):
+    """34 tokens: some completions end, some are cut off, on both sides of the pairs."""
+    seen, collate = [], dpo_nll.collate
+
+    def watched(pairs, *rest):
+        out = collate(pairs, *rest)
+        for i, ended in enumerate(x for pair in pairs for x in pair["ended"]):
+            ids = out[0].completion_ids[i][out[0].completion_mask[i]]
+            seen.append((ended, ids[-1].item() == 2))
+        return out
+
+    monkeypatch.setattr(dpo_nll, "collate", watched)
+    rows = run(iterate(tmp_path, max_new_tokens=34, temperature=1.0, num_pairs=32))
+    assert set(seen) == {(True, True), (False, False)}
+    assert all(0 < row["ended"] < 1 for row in rows if "iteration" in row)
+
+
+def test_a_noisy_reward_pairs_no_text_with_itself(tmp_path):
+    args = iterate(tmp_path, max_new_tokens=2, num_pairs=32)
+    (tmp_path / "reward.py").write_text(
+        "import random\ndef f(p, c, r):\n    return [random.random() for _ in c]"
+    )
+    with pytest.warns(UserWarning, match="max-new-tokens"):
+        run(args)
+    pairs = common.load_rows(tmp_path / "run/pairs/0.jsonl")
+    assert len(pairs) == 32 and all(pair["chosen"] != pair["rejected"] for pair in pairs)
+
+
+def test_what_is_sampled_must_fit_in_training(tmp_path):
+    with pytest.raises(SystemExit, match="does not fit"):
+        dpo_nll.main(iterate(tmp_path, max_length=20))
 
 
 @pytest.mark.parametrize("at", [2, 3])  # at the beginning of the second iteration, and within it

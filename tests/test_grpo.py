@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, other_weights
 
 import grpo
 
@@ -66,6 +66,15 @@ def test_advantages_stay_within_their_group():
 def test_equal_rewards_give_no_advantage(size):
     for value in (0.1, 1 / 3, 1e6 + 0.1):
         assert (grpo.group_advantages(torch.full((2 * size,), value), size) == 0).all()
+
+
+@pytest.mark.parametrize("steps", range(2, 9))
+def test_equal_step_rewards_give_no_advantage(steps):
+    ends = torch.arange(steps).expand(4, -1).clone()
+    ends[1::2, -1] = -1
+    for value in (0.1, 1 / 3, 1e6 + 0.1):
+        rewards = torch.full((4, steps), value) * (ends >= 0)
+        assert (grpo.process_advantages(rewards, ends, steps, 2) == 0).all()
 
 
 def slow_process_advantages(rewards, ends, num_tokens, size):
@@ -193,6 +202,16 @@ def test_lr_0_keeps_ratio_1_and_kl_0(tmp_path, temperature):
     assert all(abs(row["kl"]) < 1e-4 and row["clip_frac"] == 0 for row in run(args)[0])
 
 
+def test_bfloat16_trains(tmp_path):
+    """What cuda takes by default. Policy and reference compute alike: a KL of 0, a ratio of 1."""
+    changes = dict(dtype="bfloat16", num_epochs=2, num_minibatches=2)
+    for row in run(tiny_args(tmp_path / "a", learning_rate=0.0, **changes))[0]:
+        assert abs(row["kl"]) < 0.02 and row["clip_frac"] == 0 and row["approx_kl"] < 1e-4
+    rows, weights = run(tiny_args(tmp_path / "b", **changes))
+    assert rows[-1]["approx_kl"] > 0 and rows[0]["grad_norm"] > 0
+    assert {x.dtype for x in weights.values()} == {torch.float32}
+
+
 def test_later_minibatches_have_another_ratio(tmp_path):
     args = tiny_args(tmp_path, num_epochs=2, num_minibatches=2, learning_rate=1e-3, num_steps=1)
     assert run(args)[0][0]["approx_kl"] > 1e-5
@@ -240,12 +259,18 @@ def test_plain_prompts_train_alike(tmp_path):
     assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-3)
 
 
-def test_the_gradient_is_that_of_the_textbook(tmp_path):
-    """One step of main from the first weights, beside a plain loop over single sequences."""
+@pytest.mark.parametrize("beta, size", [(0.0, 16), (0.5, 16), (0.5, 3)])
+def test_the_gradient_is_that_of_the_textbook(tmp_path, monkeypatch, beta, size):
+    """One step of main from the first weights, beside a plain loop over single sequences; with a
+    reference that differs from the policy."""
     from safetensors.torch import load_file
 
-    args = tiny_args(tmp_path, num_steps=1, beta=0.0, max_grad_norm=1e-30, learning_rate=0.0)
-    norm = run(args)[0][0]["grad_norm"]
+    loaded = other_weights(grpo, monkeypatch)
+    args = tiny_args(tmp_path, num_steps=1, beta=beta, max_grad_norm=1e-30, learning_rate=0.0,
+                     micro_batch_size=size)  # fmt: skip
+    row = run(args)[0][0]
+    norm, ref = row["grad_norm"], loaded[-1]
+    monkeypatch.undo()
     torch.manual_seed(args.seed)
     tokenizer = grpo.load_tokenizer(args.model)
     policy = grpo.load_model(grpo.AutoModelForCausalLM, args.model, torch.device("cpu"))
@@ -254,7 +279,7 @@ def test_the_gradient_is_that_of_the_textbook(tmp_path):
     batch, texts, _ = grpo.generate(
         policy, tokenizer, [r["prompt"] for r in drawn], 4, args.max_new_tokens, 1.0
     )
-    loss = 0.0
+    loss = advantages = penalty = 0.0
     for i in range(len(texts)):
         group = [float(texts[j].split("\n")[-1] == drawn[i // 4]["answer"])
                  for j in range(i // 4 * 4, i // 4 * 4 + 4)]  # fmt: skip
@@ -264,10 +289,21 @@ def test_the_gradient_is_that_of_the_textbook(tmp_path):
         ids = batch.completion_ids[i][batch.completion_mask[i]].tolist()
         logp = policy(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
         chosen = [logp[len(prompt) - 1 + t, token] for t, token in enumerate(ids)]
+        # Its value is of no interest: log pi has the gradient of the ratio at 1
         loss = loss - (group[i % 4] - mean) / (std + 1e-4) * sum(chosen) / len(ids) / 16
+        advantages += (group[i % 4] - mean) / (std + 1e-4) / 16
+        if beta:
+            logp = ref(torch.tensor([prompt + ids])).logits[0].log_softmax(-1).detach()
+            for t, token in enumerate(ids):
+                log_r = logp[len(prompt) - 1 + t, token] - chosen[t]
+                kl = log_r.exp() - 1 - log_r
+                loss = loss + beta * kl / len(ids) / 16
+                penalty += beta * kl.item() / len(ids) / 16
     loss.backward()
     want = torch.cat([p.grad.flatten() for p in policy.parameters()]).norm().item()
     assert norm == pytest.approx(want, rel=1e-3) and norm > 0
+    assert row["loss"] == pytest.approx(penalty - advantages, rel=1e-3, abs=1e-5)
+    assert (penalty > 0.01) == (beta > 0)
     assert load_file(f"{args.output_dir}/final/model.safetensors")
 
 
@@ -279,6 +315,31 @@ def test_equal_rewards_move_nothing(tmp_path):
     assert all(row["no_signal"] == 1 and row["grad_norm"] == 0 for row in rows)
     assert all(torch.equal(weights[n], p) for n, p in start.named_parameters() if n in weights)
     assert "gold_reward" in rows[0]
+
+
+def test_answers_that_are_no_numbers_give_no_gold_reward(tmp_path):
+    """Only a verifier that trains must be able to read them."""
+    rows = [{"prompt": f"{i}+1", "answer": "Paris"} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "one.py").write_text("def f(p, c, r):\n    return [float(len(x)) for x in c]")
+    rows, _ = run(tiny_args(tmp_path, dataset=str(tmp_path / "rows.jsonl"), num_steps=1,
+                            reward=f"{tmp_path}/one.py:f"))  # fmt: skip
+    assert "gold_reward" not in rows[0] and rows[0]["reward"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:over 20")
+def test_the_penalty_of_completions_that_were_cut_off(tmp_path):
+    """Some end within 34 tokens. The reward is told which; with the penalty it is not heard."""
+    (tmp_path / "told.py").write_text(
+        "def f(p, c, rows):\n    return [float(row['ended']) for row in rows]"
+    )
+    same = dict(num_steps=1, max_new_tokens=34, reward=f"{tmp_path}/told.py:f", learning_rate=0.0)
+    rows = [run(tiny_args(tmp_path / str(p), missing_eos_penalty=p, **same))[0][0]
+            for p in (None, 2.0)]  # fmt: skip
+    ended = rows[0]["ended"]
+    assert 0 < ended < 1 and rows[1]["ended"] == ended
+    assert rows[0]["reward"] == pytest.approx(ended)
+    assert rows[1]["reward"] == pytest.approx(ended - 2 * (1 - ended))
 
 
 def test_each_completion_is_scored_with_its_own_row(tmp_path):

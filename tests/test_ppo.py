@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_model, make_tokenizer, other_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import common
 import ppo
 
 
@@ -178,7 +179,7 @@ def test_a_value_has_not_seen_its_token(tmp_path):
     assert torch.allclose(values, ppo.fixed_values(critic, batch, 1, False), atol=1e-4)
     prompts, completions = [[5, 6, 7]] * 2 + [[5, 6]], [[8, 9, 10, 1], [11, 12], [9]]
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        out = critic(torch.tensor([prompt + completion])).logits[0, :, 0]
+        out = critic.score(critic.model(torch.tensor([prompt + completion]))[0])[0, :, 0]
         want = out[len(prompt) - 1 : len(prompt) - 1 + len(completion)]
         assert torch.allclose(values[i, : len(completion)], want, atol=1e-4)
     batch.completion_ids[0, 1] = 13
@@ -206,6 +207,29 @@ def test_the_critic_starts_at_0_or_as_the_reward_model(tmp_path):
     assert (critic.score.weight == 0).all()
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt2", "neox"])
+def test_the_critic_of_every_architecture(tmp_path, kind):
+    """From a policy its head is 0; from a reward model it is that model's, and its bias counts."""
+    make_model(kind).save_pretrained(tmp_path / "policy")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "policy")
+    device, model = torch.device("cpu"), str(tmp_path / "policy")
+    args = ppo.Args(model=model, dataset="")
+    batch = common.encode(tokenizer, ["a", "bcd"], [["xy"], ["z"]])
+    assert (ppo.fixed_values(ppo.load_critic(args, tokenizer, device), batch, 8, True) == 0).all()
+    torch.manual_seed(0)
+    reward_model = ppo.load_model(AutoModelForSequenceClassification, model, device, new_head=1)
+    torch.nn.init.normal_(reward_model.score.weight)
+    reward_model.config.reward_bias = 0.25
+    for part in (reward_model, tokenizer):
+        part.save_pretrained(tmp_path / "rm")
+    args.reward_model = str(tmp_path / "rm")
+    critic = ppo.load_critic(args, tokenizer, device)
+    both = [common.completion_scores(m, batch).detach()[batch.completion_mask]
+            for m in (critic, reward_model)]  # fmt: skip
+    assert torch.allclose(*both, atol=1e-4) and both[0].std() > 0.1
+
+
 def test_the_critic_learns_and_moves_no_policy(tmp_path):
     """With the policy held still, the value loss falls, and only the critic's weights move."""
     rows = run(tiny_args(tmp_path, learning_rate=0.0, num_steps=8, num_prompts=32, beta=0.0,
@@ -229,6 +253,14 @@ def test_critic_warmup_leaves_the_policy(tmp_path):
 # --- Training -------------------------------------------------------------------------------------
 
 
+def test_bfloat16_trains(tmp_path):
+    """What cuda takes by default. Policy and reference compute alike: a KL of 0, a ratio of 1."""
+    for row in run(tiny_args(tmp_path / "a", learning_rate=0.0, dtype="bfloat16")):
+        assert abs(row["kl"]) < 0.02 and row["clip_frac"] == 0 and row["approx_kl"] < 1e-4
+    rows = run(tiny_args(tmp_path / "b", dtype="bfloat16"))
+    assert rows[-1]["approx_kl"] > 0 and rows[0]["grad_norm"] > 0 and rows[0]["value_loss"] > 0
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_lr_0_keeps_ratio_1_and_kl_0(tmp_path, temperature):
     for row in run(tiny_args(tmp_path, learning_rate=0.0, temperature=temperature)):
@@ -245,6 +277,79 @@ def test_returns_come_from_advantages_that_are_not_whitened(tmp_path, monkeypatc
         assert (old_values[there] != returns[there]).any()
         assert ((returns[there] - returns[there].round()).abs() < 1e-5).all()
         assert set(returns[there].round().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("size", [16, 3])
+def test_a_step_is_that_of_the_textbook(tmp_path, monkeypatch, size):
+    """One pass in two minibatches, with a reference and a critic of other weights, beside plain
+    loops over single sequences: KL in the reward, GAE, whitening, both losses, both gradients."""
+    loaded, made, norms = other_weights(ppo, monkeypatch), [], []
+    load, generate, update = ppo.load_critic, ppo.generate, ppo.update
+
+    def load_critic(*args):
+        critic = load(*args)
+        torch.manual_seed(1)
+        torch.nn.init.normal_(critic.score.weight, std=0.3)
+        made.append(critic)
+        return critic
+
+    def seen(result, where):
+        where.append(result)
+        return result
+
+    (tmp_path / "r.py").write_text("def f(p, c, r):\n    return [len(set(x)) / 10 for x in c]")
+    monkeypatch.setattr(ppo, "load_critic", load_critic)
+    monkeypatch.setattr(ppo, "generate", lambda *a: seen(generate(*a), made))
+    monkeypatch.setattr(ppo, "update", lambda *a: seen(update(*a), norms))
+    monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n).flip(0))
+    row = run(tiny_args(
+        tmp_path, num_steps=1, num_epochs=1, num_minibatches=2, beta=0.5, learning_rate=0.0,
+        critic_learning_rate=0.0, micro_batch_size=size, gamma=0.9, lam=0.8, vf_coef=0.3,
+        missing_eos_penalty=None, max_grad_norm=1e9, num_prompts=7, reward=f"{tmp_path}/r.py:f",
+    ))[0]  # fmt: skip
+    monkeypatch.undo()
+    (policy, ref), (critic, (batch, texts, _)) = loaded, made
+    completions, kls = [], []  # log-probs, values, advantages, returns of each
+    for i, text in enumerate(texts):
+        prompt = batch.prompt_ids[i][batch.prompt_mask[i]].tolist()
+        ids = batch.completion_ids[i][batch.completion_mask[i]].tolist()
+        both, n = torch.tensor([prompt + ids]), len(ids)
+        here = slice(len(prompt) - 1, len(prompt) - 1 + n)
+        logps, ref_logps = (
+            m(both).logits[0].log_softmax(-1)[here].gather(1, torch.tensor(ids)[:, None])[:, 0]
+            for m in (policy, ref)
+        )
+        values = critic.score(critic.model(both)[0])[0, here, 0]
+        kl, v = (logps - ref_logps).tolist(), [*values.tolist(), 0.0]
+        r = [-0.5 * k for k in kl]
+        r[-1] += len(set(text)) / 10
+        delta = [r[t] + 0.9 * v[t + 1] - v[t] for t in range(n)]
+        advantages = [sum(0.72 ** (k - t) * delta[k] for k in range(t, n)) for t in range(n)]
+        returns = [a + b for a, b in zip(advantages, v, strict=False)]
+        completions.append((logps, values, advantages, returns))
+        kls.append(sum(kl))
+    flat = [a for c in completions for a in c[2]]
+    mean = sum(flat) / len(flat)
+    std = (sum((a - mean) ** 2 for a in flat) / len(flat)) ** 0.5
+    losses, value_losses, want = [], [], []
+    for minibatch in ([6, 5, 4, 3], [2, 1, 0]):
+        loss = value_loss = total = 0.0
+        count = sum(len(completions[i][2]) for i in minibatch)
+        for i in minibatch:
+            for logp, value, a, target in zip(*completions[i], strict=True):
+                loss = loss - (a - mean) / std * logp / count
+                total -= (a - mean) / std / count
+                value_loss = value_loss + 0.5 * (value - target) ** 2 / count
+        for model, x in ((critic, 0.3 * value_loss), (policy, loss)):
+            gradient = torch.autograd.grad(x, [*model.parameters()], retain_graph=True)
+            want.append(torch.cat([p.flatten() for p in gradient]).norm().item())
+        losses.append(total)
+        value_losses.append(value_loss.item())
+    assert norms == pytest.approx(want, rel=2e-3)
+    assert row["grad_norm"] == pytest.approx(max(norms[1::2]), rel=1e-4)
+    assert row["kl"] == pytest.approx(sum(kls) / 7, rel=1e-3) and abs(row["kl"]) > 0.1
+    assert row["loss"] == pytest.approx(sum(losses) / 2, rel=1e-3, abs=1e-5)
+    assert row["value_loss"] == pytest.approx(sum(value_losses) / 2, rel=1e-3)
 
 
 def test_later_minibatches_have_another_ratio(tmp_path):
@@ -282,6 +387,9 @@ def test_a_cut_off_completion_is_not_scored(tmp_path):
 def test_beta_adapts_and_is_logged_as_used(tmp_path):
     rows = run(tiny_args(tmp_path, kl_target=6.0, kl_horizon=100.0, num_steps=3, beta=0.5))
     betas = [row["beta"] for row in rows]
+    frozen = run(tiny_args(tmp_path / "w", kl_target=6.0, kl_horizon=100.0, num_steps=3, beta=0.5,
+                           critic_warmup=2))  # fmt: skip
+    assert [row["beta"] for row in frozen] == [0.5] * 3  # while only the critic learns
     assert betas[0] == 0.5  # KL 0 is under the target: beta falls by 0.2 * 8 / 100 a step
     assert betas[1] == pytest.approx(0.5 * 0.984, rel=1e-4)
     assert betas[2] == pytest.approx(0.5 * 0.984**2, rel=1e-3)

@@ -181,6 +181,61 @@ def test_a_step_on_outcomes_equals_a_plain_loop(tmp_path, size):
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
 
 
+def test_held_out_metrics_of_steps_equal_a_plain_loop(tmp_path):
+    """In parts of two; the first two solutions have an error, at 0 and at 1, the third has none."""
+    rows = [STEPS[1], STEPS[2] | {"remaining_steps": []}, STEPS[0], STEPS[1]]
+    held = write(tmp_path / "held.jsonl", rows)
+    row = run(args := tiny_args(tmp_path, STEPS, eval_dataset=held, micro_batch_size=2))[-1]
+    model = AutoModelForTokenClassification.from_pretrained(f"{args.output_dir}/final").eval()
+    tokenizer, losses, hits = common.load_tokenizer(TOY), [], {}
+    scores, found, right = [], [], []
+    for example in rows:
+        pieces = [s + "\n" for s in example["steps"]]
+        logits = logits_of(model, tokenizer, example["prompt"], pieces)
+        probs, first = [], -1
+        for i, label in enumerate(example["labels"]):
+            p = logits[len("".join(pieces[:i + 1])) - 1].softmax(-1).tolist()
+            losses.append(-math.log(p[label + 1]))
+            hits.setdefault(label, []).append(p.index(max(p)) == label + 1)
+            probs.append(1 - p[0])
+            first = i if first < 0 and probs[-1] < 0.5 else first
+        scores.append(math.prod(probs))
+        error = example["labels"].index(-1) if -1 in example["labels"] else -1
+        found.append(first == error)
+        right.append(error < 0)
+    assert row["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    flat = sum(hits.values(), [])
+    assert row["eval_accuracy"] == pytest.approx(sum(flat) / len(flat))
+    shares = [sum(x) / len(x) for x in hits.values()]
+    assert row["eval_balanced_accuracy"] == pytest.approx(sum(shares) / 3, rel=1e-4)
+    good, bad = ([f for f, r in zip(found, right, strict=True) if r == x] for x in (True, False))
+    good, bad = sum(good) / len(good), sum(bad) / len(bad)
+    assert row["eval_f1"] == pytest.approx(2 * good * bad / (good + bad), rel=1e-4)
+    wrong = [s for s, r in zip(scores, right, strict=True) if not r]
+    best = scores[right.index(True)]
+    assert row["eval_auc"] == pytest.approx(sum(best > s for s in wrong) / len(wrong), rel=1e-4)
+
+
+def test_a_step_may_not_hold_the_separator(tmp_path):
+    """Generated text would be split there. At its end it is no matter; a shell's \\n is known."""
+    rows = [{"prompt": "1", "steps": ["a\nb", "c"], "labels": [1, -1]}]
+    with pytest.raises(SystemExit, match="--step-separator.*within a step"):
+        run(tiny_args(tmp_path, rows))
+    run(args := tiny_args(tmp_path, rows, step_separator="\\n\\n"))
+    config = json.loads(open(f"{args.output_dir}/final/config.json").read())
+    assert config["step_separator"] == "\n\n"
+    ends = [{"prompt": "1", "steps": ["a\n", "c"], "labels": [1, -1]}]
+    plain = [{"prompt": "1", "steps": ["a", "c"], "labels": [1, -1]}]
+    got = [run(tiny_args(tmp_path / str(i), x))[0]["loss"] for i, x in enumerate((ends, plain))]
+    assert got[0] == got[1]
+
+
+def test_zeros_and_ones_are_not_taken_for_neutral_and_right(tmp_path):
+    rows = [{"prompt": "1", "steps": ["a", "b"], "labels": [1, 0]}]
+    with pytest.raises(SystemExit, match="neutral"):
+        run(tiny_args(tmp_path, rows))
+
+
 def test_the_lm_loss_is_of_right_completions(tmp_path):
     plain = run(tiny_args(tmp_path / "a", OUTCOMES))[0]
     both = run(tiny_args(tmp_path / "b", OUTCOMES, lm_coef=0.5, micro_batch_size=2))[0]

@@ -182,6 +182,25 @@ def reward_file(tmp_path):
     return f"{tmp_path}/one.py:f"
 
 
+@pytest.mark.filterwarnings("ignore:over 20")
+@pytest.mark.parametrize("penalty", [None, 2.0])
+def test_the_penalty_of_completions_that_were_cut_off(tmp_path, monkeypatch, penalty):
+    """Of sampled and of greedy ones alike; without it the reward is heard, and told which ended."""
+    (tmp_path / "told.py").write_text(
+        "def f(p, c, rows):\n    return [1 + float(row['ended']) for row in rows]"
+    )
+    seen, baseline, made, generate = [], rr.baseline_advantages, [], rr.generate
+    monkeypatch.setattr(rr, "baseline_advantages", lambda *a: seen.append(a) or baseline(*a))
+    monkeypatch.setattr(rr, "generate", lambda *a, **b: made.append(generate(*a, **b)) or made[-1])
+    changes = dict(reward=f"{tmp_path}/told.py:f", missing_eos_penalty=penalty, baseline="remax")
+    row = run(tiny_args(tmp_path, num_steps=1, max_new_tokens=34, beta=0.0, **changes))[0]
+    cut = 1.0 if penalty is None else -penalty
+    for (_, _, ended), scores in zip(made, (seen[0][0], seen[0][4]), strict=True):
+        assert scores.tolist() == [2.0 if e else cut for e in ended.tolist()]
+        assert 0 < ended.float().mean() < 1
+    assert row["reward"] == pytest.approx(seen[0][0].mean().item())
+
+
 def test_equal_rewards_move_nothing_under_rloo(tmp_path):
     rows = run(tiny_args(tmp_path, beta=0.0, reward=reward_file(tmp_path)))
     assert all(row["grad_norm"] == 0 and "gold_reward" in row for row in rows)

@@ -90,6 +90,20 @@ def test_another_reward_at_the_best_of_n(n):
     assert got.item() == pytest.approx(sum(want) / len(want), rel=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_best_of_n_where_prompts_have_fewer(n):
+    """The mean over the prompts that have n."""
+    inf = math.inf
+    rewards = torch.tensor([[0.3, -inf, -inf, -inf], [0.1, 0.9, 0.5, -inf], [4.0, 1.0, 3.0, 2.0]])
+    want = []
+    for row in rewards.tolist():
+        there = [x for x in row if x > -inf]
+        if len(there) >= n:
+            best = [max(choice) for choice in itertools.combinations(there, n)]
+            want.append(sum(best) / len(best))
+    assert rs.best_of_n_reward(rewards, n).item() == pytest.approx(sum(want) / len(want), rel=1e-5)
+
+
 def test_the_kl_of_best_of_n():
     """The hand value; and for a policy of many equal answers, by the definition."""
     assert rs.best_of_n_kl(16) == pytest.approx(1.835089, abs=1e-6)
@@ -130,7 +144,7 @@ def test_what_is_trained_on_and_what_is_reported(tmp_path, monkeypatch, select):
     else:
         top = sorted(flat, key=lambda x: -x[0])[:9]
         want, mean = sorted(x[1:] for x in top), sum(x[0] for x in top) / 9
-    own, control = (sum(seen[i::2], []) for i in range(2))
+    own, control = ([x[:2] for x in sum(seen[i::2], [])] for i in range(2))
     assert sorted(own) == want and len(control) == len(own)
     if select == "per-prompt":
         assert sorted(p for p, _ in control) == sorted(p for p, _ in own)
@@ -147,6 +161,29 @@ def test_what_is_trained_on_and_what_is_reported(tmp_path, monkeypatch, select):
     assert [row["n"] for row in curve] == [1, 2, 4]
     assert curve[0]["reward_best_of_n"] == row["reward"] and curve[0]["kl_best_of_n"] == 0
     assert curve[-1]["reward_best_of_n"] == row["best_of_n"]
+    samples = common.load_rows(tmp_path / "run/samples.jsonl")
+    assert len(samples) == 4 and {(x["prompt"], x["completion"]) for x in samples} <= set(want)
+    assert all(x["reward"] == len(set(x["completion"])) for x in samples)
+    level = [len(set(g["rewards"])) == 1 for g in groups]
+    assert row["no_signal"] == pytest.approx(sum(level) / 6) and row["ended"] < 1
+
+
+@pytest.mark.filterwarnings("ignore:over 20")
+def test_no_end_is_trained_that_the_policy_did_not_write(tmp_path, monkeypatch):
+    """34 tokens: some completions end, some are cut off, and only the former teach an EOS."""
+    seen, encode = [], rs.encode
+    monkeypatch.setattr(rs, "encode", lambda *a, **b: seen.append(encode(*a, **b)) or seen[-1])
+    run(tiny_args(tmp_path, max_new_tokens=34, temperature=1.0, num_prompts=12))
+    ended = {c: e for g in candidates(tmp_path)
+             for c, e in zip(g["completions"], g["ended"], strict=True)}  # fmt: skip
+    assert {True, False} == set(ended.values())
+    tokenizer, found = common.load_tokenizer(ROOT / "toy/model"), set()
+    for batch in seen:
+        for ids, mask in zip(batch.completion_ids, batch.completion_mask, strict=True):
+            text = tokenizer.decode(ids[mask], skip_special_tokens=True)
+            assert (ids[mask][-1] == tokenizer.eos_token_id) == ended[text]
+            found.add(ended[text])
+    assert found == {True, False}
 
 
 def test_micro_batches_and_plain_prompts_change_nothing(tmp_path):
@@ -158,8 +195,9 @@ def test_micro_batches_and_plain_prompts_change_nothing(tmp_path):
         if i:
             args.sample, args.completions = False, str(tmp_path / "c.jsonl")
         losses.append([row for row in run(args) if "loss" in row])
-        rows = [{"prompt": g["prompt"], "completion": c} for g in candidates(tmp_path / str(i))
-                for c in g["completions"]]  # fmt: skip
+        rows = [{"prompt": g["prompt"], "completion": c, "ended": e}
+                for g in candidates(tmp_path / str(i))
+                for c, e in zip(g["completions"], g["ended"], strict=True)]  # fmt: skip
         (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(losses[0]) == 2
     for other in losses[1:]:
@@ -173,11 +211,14 @@ def test_completions_of_other_models_join(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     other = {"prompt": rows[3]["prompt"], "completion": "0123456789+="}
     (tmp_path / "others.jsonl").write_text(json.dumps(other))
-    run(tiny_args(tmp_path, dataset=str(tmp_path / "rows.jsonl"),
-                  completions=str(tmp_path / "others.jsonl")))  # fmt: skip
+    metrics = run(tiny_args(tmp_path, dataset=str(tmp_path / "rows.jsonl"),
+                            completions=str(tmp_path / "others.jsonl")))  # fmt: skip
     groups = {g["prompt"]: g for g in candidates(tmp_path)}
     assert len(groups[other["prompt"]]["completions"]) == 5
     assert groups[other["prompt"]]["rewards"][4] == 12  # the best there is
+    assert groups[other["prompt"]]["ended"][4] is True
+    curve = {row["n"]: row["reward_best_of_n"] for row in metrics if "n" in row}
+    assert [*curve] == [1, 2, 4, 5] and curve[5] == 12
 
 
 def test_no_training_is_best_of_n_alone(tmp_path):
@@ -275,6 +316,8 @@ def test_bad_input_is_one_line(tmp_path):
     args = tiny_args(tmp_path, completions=str(tmp_path / "c.jsonl"), sample=False)
     args.overwrite = True
     refused(args, "none of its prompts")
+    (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "x", "completion": "1" * 300}))
+    refused(args, "256 tokens", "111")
 
 
 def test_learning_as_a_user_would(tmp_path):

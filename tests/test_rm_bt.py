@@ -178,6 +178,27 @@ def test_a_step_on_rankings_equals_a_plain_loop(tmp_path, size):
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
 
 
+def test_held_out_metrics_equal_a_plain_loop(tmp_path):
+    """Two prompts at a time, so that a later one's completions must not be paired with others'."""
+    held = write(tmp_path / "held.jsonl", RANKED + [PAIRS[1], *RANKED[::-1]])
+    args = tiny_args(tmp_path, PAIRS[2:], eval_dataset=held, batch_size=2, micro_batch_size=5)
+    row = run(args)[0]
+    model, tokenizer = fresh_model(args), rm_bt.load_tokenizer(TOY)
+    rewards, margins, losses = [], [], []
+    for example in RANKED + [PAIRS[1], *RANKED[::-1]]:
+        texts = example.get("completions") or [example["chosen"], example["rejected"]]
+        ranks = example.get("ranks", [0, 1])
+        scores = [reward_of(model, tokenizer, example["prompt"], t).item() for t in texts]
+        pairs = itertools.permutations(range(len(texts)), 2)
+        gaps = [scores[i] - scores[j] for i, j in pairs if ranks[i] < ranks[j]]
+        rewards, margins = rewards + scores, margins + gaps
+        losses.append(sum(math.log(1 + math.exp(-x)) for x in gaps) / len(gaps))
+    assert row["eval_reward"] == pytest.approx(sum(rewards) / len(rewards), rel=1e-4)
+    assert row["eval_margin"] == pytest.approx(sum(margins) / len(margins), rel=1e-3, abs=1e-6)
+    assert row["eval_accuracy"] == pytest.approx(sum(x > 0 for x in margins) / len(margins))
+    assert row["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
 def test_the_nll_term_is_of_the_chosen_completions(tmp_path):
     plain = run(tiny_args(tmp_path / "a", PAIRS))[0]["loss"]
     both = run(tiny_args(tmp_path / "b", PAIRS, nll_coef=0.5, micro_batch_size=2))[0]["loss"]
@@ -223,6 +244,27 @@ def test_margins_beside_rankings_are_refused(tmp_path):
     """Eq. 6 has no margin: to leave it out in silence would train another loss than was asked."""
     with pytest.raises(SystemExit, match="margin"):
         run(tiny_args(tmp_path, RANKED + PAIRS))
+
+
+def test_transformers_reads_a_saved_model_at_the_end_of_turn(tmp_path):
+    """Also one made from a policy whose pad is its EOS, in a padded batch; less the bias."""
+    policy, tokenizer = str(tmp_path / "policy"), make_tokenizer(pad_is_eos=True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<pad>"]})
+    make_model("llama").save_pretrained(policy)
+    tokenizer.save_pretrained(policy)
+    run(args := tiny_args(tmp_path, PAIRS, model=policy, learning_rate=1e-3))
+    final = f"{args.output_dir}/final"
+    model = AutoModelForSequenceClassification.from_pretrained(final).eval()
+    chats = [[{"role": "user", "content": "7"}, {"role": "assistant", "content": text}]
+             for text in ("8", "a much longer one")]  # fmt: skip
+    loaded = AutoTokenizer.from_pretrained(final)
+    texts = [loaded.apply_chat_template(chat, tokenize=False) for chat in chats]
+    batch = loaded(texts, padding=True, return_tensors="pt", add_special_tokens=False)
+    with torch.no_grad():
+        got = model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0]
+    score = common.load_reward("verifier", None, final, torch.device("cpu"))
+    want = score(["7", "7"], ["8", "a much longer one"], [{}, {}])
+    assert (got + model.config.reward_bias).tolist() == pytest.approx(want, abs=1e-4)
 
 
 def test_the_saved_model_scores_the_same_and_is_centred(tmp_path, capsys):
@@ -296,8 +338,10 @@ def test_pairs_that_are_equal_or_become_so_are_dropped_and_counted(tmp_path, cap
     same = {"prompt": "1", "chosen": "x", "rejected": "x"}
     later = {"prompt": "1", "chosen": "y" * 80 + "1", "rejected": "y" * 80 + "2"}
     long = {"prompt": "9" * 80, "chosen": "1", "rejected": "2"}
-    run(tiny_args(tmp_path, [same, later, long, *PAIRS]))
-    assert "of 6 rows, dropped 3" in capsys.readouterr().out
+    cut = {"prompt": "1", "chosen": "x" * 80, "rejected": "y"}
+    run(tiny_args(tmp_path, [same, later, long, cut, *PAIRS]))
+    out = capsys.readouterr().out
+    assert "of 7 rows, dropped 3" in out and "cut 1 completions" in out
 
 
 @pytest.mark.parametrize(
@@ -312,6 +356,7 @@ def test_pairs_that_are_equal_or_become_so_are_dropped_and_counted(tmp_path, cap
         ({"prompt": "1", "completions": ["a", "b"], "ranks": [1, 1]}, "to compare"),
         ({"prompt": "1", "chosen": "a", "rejected": "b", "margin": "much"}, "row 1"),
         ({"prompt": "1", "chosen": "a", "rejected": "a"}, "to compare"),
+        ({"prompt": "1", "chosen": [PAIRS[2]["chosen"][0]] * 2, "rejected": "a"}, "earlier turns"),
     ],
 )  # fmt: skip
 def test_bad_rows_end_with_one_line(tmp_path, row, says):

@@ -7,7 +7,7 @@ import math
 import pytest
 import test_rm_bt
 import torch
-from test_rm_bt import RANKED, TOY, fresh_model, learned, reward_of, run
+from test_rm_bt import RANKED, TOY, fresh_model, learned, reward_of, run, write
 
 import common
 import rm_bt
@@ -99,6 +99,26 @@ def test_a_step_equals_a_plain_loop(tmp_path, size):
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_held_out_metrics_equal_a_plain_loop(tmp_path):
+    """Two prompts at a time, so that a later one's completions must not be ranked among others'."""
+    rows = STRICT + STRICT[::-1]
+    held = write(tmp_path / "held.jsonl", rows)
+    row = run(args := tiny_args(tmp_path, STRICT, eval_dataset=held, batch_size=2,
+                                micro_batch_size=5))[0]  # fmt: skip
+    model, tokenizer, losses, taus, tops = fresh_model(args), common.load_tokenizer(TOY), [], [], []
+    for ranking in rows:
+        order = sorted(zip(ranking["ranks"], ranking["completions"], strict=True))
+        s = [reward_of(model, tokenizer, ranking["prompt"], text).item() for _, text in order]
+        K = len(s)
+        losses.append(sum(math.log(sum(math.exp(x - s[k]) for x in s[k:])) for k in range(K)))
+        signs = [1 if s[i] > s[j] else -1 for i in range(K) for j in range(i + 1, K)]
+        taus.append(sum(signs) / len(signs))
+        tops.append(s[0] == max(s))
+    assert row["eval_loss"] == pytest.approx(sum(losses) / len(rows), rel=1e-4)
+    assert row["eval_tau"] == pytest.approx(sum(taus) / len(rows), rel=1e-4, abs=1e-6)
+    assert row["eval_top1"] == pytest.approx(sum(tops) / len(rows), rel=1e-4)
 
 
 def test_the_saved_model_is_centred(tmp_path):

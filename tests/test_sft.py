@@ -66,9 +66,10 @@ def test_the_step_is_a_mean_over_completion_tokens(tmp_path):
             total, count = total - logp[len(head) - 1 + t, token], count + 1
     (total / count).backward()
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item()
-    for size in (3, 2, 1):
-        args = tiny_args(tmp_path / str(size), dataset=path, eval_size=0, num_epochs=1,
-                         micro_batch_size=size, lr_schedule="constant", batch_size=3)  # fmt: skip
+    for size, batch_size in ((3, 3), (2, 3), (1, 3), (2, 8)):  # 8: a short step of 3
+        folder = tmp_path / f"{size} {batch_size}"
+        args = tiny_args(folder, dataset=path, eval_size=0, num_epochs=1, micro_batch_size=size,
+                         lr_schedule="constant", batch_size=batch_size)  # fmt: skip
         row = run(args)[0]
         assert row["loss"] == pytest.approx(total.item() / count, rel=1e-4)
         assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -79,8 +80,8 @@ def test_every_row_once_an_epoch_and_a_last_short_step(tmp_path, monkeypatch):
     seen = []
     encode = sft.encode
     monkeypatch.setattr(sft, "encode", lambda t, p, *a: seen.append(list(p)) or encode(t, p, *a))
-    run(tiny_args(tmp_path, dataset=path, eval_size=0, batch_size=4, num_epochs=2))
-    assert [len(x) for x in seen] == [4] * 5
+    run(tiny_args(tmp_path, dataset=path, eval_size=0, batch_size=6, num_epochs=2))
+    assert [len(x) for x in seen] == [6, 6, 6, 2]
     flat = sum(seen, [])
     assert sorted(flat[:10]) == sorted(flat[10:]) == sorted(f"{i}+1" for i in range(10))
     assert flat[:10] != flat[10:]
