@@ -1,4 +1,4 @@
-"""What the scripts share: batched generation, log-probs and KL, and what loads models and rewards.
+"""What the scripts share: batched generation, log-probs and KL, and what loads rewards.
 
 One layout serves every chapter: P prompts, each with a group of completions, R completions in all.
 Prompts are padded on the left and completions on the right, so that a prompt ends where each of its
@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from plumbing import (ROOT, Run, after_answer, answer_text, check_prompts,  # noqa: F401
                       encode_prompt, end_of_turn, has_answers, hold_out, load_model, load_rows,
                       load_splits, load_tokenizer, parse_args, pick_device, set_other_pad, stop,
-                      stop_on_error)  # for the scripts: one place to import from
+                      stop_on_error, update, with_ended)  # for the scripts: all from one place
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()  # load_model says itself what is missing
@@ -264,10 +264,6 @@ def greedy_rewards(policy, tokenizer, score, rows, max_new_tokens, batch_size):
         values += score(prompts, texts, with_ended(part, ended))
     return values
 
-def with_ended(rows, ended):
-    """Rows (R), each with its `ended` (R,): False where a completion was cut off. For rewards."""
-    return [row | {"ended": e} for row, e in zip(rows, ended.tolist(), strict=True)]
-
 def kl_from_start(policy, start, tokenizer, prompts, max_new_tokens, batch_size):
     """One completion of each prompt from the policy, `batch_size` at a time -> KL(policy || start)
     of each in nats (k1, N), texts."""
@@ -299,19 +295,7 @@ def masked_mean(x, mask, dim=None):
     """Mean of x where mask is True, over `dim` or over all; 0 where nothing is."""
     return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
 
-# --- Models, gradient steps and rewards -----------------------------------------------------------
-
-def update(optimizer, scheduler, loss, max_grad_norm):
-    """One step on the gradients that stand in the parameters -> their norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    if not math.isfinite(loss + norm):  # a step skipped in silence would look like slow learning
-        stop(f"the loss is {loss}, the gradient's norm {norm}: lower --learning-rate, or look at "
-             "the rewards; --resume goes on from the last checkpoint")
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    return norm
+# --- Rewards --------------------------------------------------------------------------------------
 
 def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_batch_size=8,
                 by_step=False):

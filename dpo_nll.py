@@ -15,7 +15,7 @@ Differs from the print:
 
     python dpo_nll.py                                     # the toy's pairs, in a minute
     python dpo_nll.py --iterations 3 --dataset toy/problems_train.jsonl        # Iterative RPO
-    python dpo_nll.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset pref_hh_harmless.jsonl
+    python dpo_nll.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset preferences.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py.
 """

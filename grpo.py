@@ -15,7 +15,7 @@ Differs from the print:
     5. 11.2.3 has (difference)^2 / 2 for approx_kl. Here it is k3: unbiased.
 
     python grpo.py                                                     # the toy, in two minutes
-    python grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math_gsm8k_train.jsonl
+    python grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py.
 """

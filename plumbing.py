@@ -1,6 +1,6 @@
-"""What every script needs and no chapter explains: errors of one line, flags, rows, a run's folder.
+"""What every script needs and no chapter explains: errors of one line, flags, rows, models, a run.
 
-The scripts take these names from common.py. Nothing here knows of a model's inside or of a loss.
+The scripts take these names from common.py. Nothing here knows what a loss is made of.
 """
 import contextlib
 import json
@@ -106,6 +106,10 @@ def has_answers(rows):
     except (KeyError, ValueError):
         return False
 
+def with_ended(rows, ended):
+    """Rows (R), each with its `ended` (R,): False where a completion was cut off. For rewards."""
+    return [row | {"ended": e} for row, e in zip(rows, ended.tolist(), strict=True)]
+
 # --- Device, tokenizer and prompts ----------------------------------------------------------------
 
 def pick_device(device="auto"):
@@ -164,7 +168,7 @@ def check_prompts(tokenizer, model, rows, max_new_tokens):
             stop(f"a prompt of {length} tokens with --max-new-tokens {max_new_tokens} does not fit "
                  f"in the model's {model.context}: {str(row['prompt'])[:80]!r}")
 
-# --- Models ---------------------------------------------------------------------------------------
+# --- Models and gradient steps --------------------------------------------------------------------
 
 def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False,
                new_head=0):
@@ -196,6 +200,18 @@ def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device).eval()
+
+def update(optimizer, scheduler, loss, max_grad_norm):
+    """One step on the gradients that stand in the parameters -> their norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+    if not math.isfinite(loss + norm):  # a step skipped in silence would look like slow learning
+        stop(f"the loss is {loss}, the gradient's norm {norm}: lower --learning-rate, or look at "
+             "the rewards; --resume goes on from the last checkpoint")
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return norm
 
 # --- The folder of a run --------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ Differs from the print:
     4. The value of token t is read before it: a baseline that has seen the token is biased.
 
     python ppo.py                                                      # the toy, in two minutes
-    python ppo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math_gsm8k_train.jsonl
+    python ppo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py.
 """
@@ -80,7 +80,7 @@ class Args:
     clip_eps: float = 0.2  # epsilon: the ratio is clipped to 1 - eps .. 1 + eps
     clip_eps_value: float = 0.2
     """how far a value may leave the rollout's before its loss is clipped"""
-    vf_coef: float = 0.1  # of the value loss (N+: 0.1); Adam undoes it, but not --max-grad-norm
+    vf_coef: float = 0.1  # of the value loss (N+: 0.1); felt by --max-grad-norm, not by Adam
     beta: float = 0.05  # weight of the KL (k1, a token) in the reward (N+: 0.05); 0: no reference
     kl_target: float = 0.0  # nats a completion to which beta adapts (Ziegler: 6); 0: beta is fixed
     kl_horizon: float = 10000.0  # completions in which beta changes 1.2-fold at most (Ziegler: 1e4)

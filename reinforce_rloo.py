@@ -16,7 +16,7 @@ Differs from the print:
     python reinforce_rloo.py                                          # the toy, in two minutes
     python reinforce_rloo.py --baseline none
     python reinforce_rloo.py --model HuggingFaceTB/SmolLM2-135M-Instruct \\
-        --dataset math_gsm8k_train.jsonl
+        --dataset math.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py.
 """

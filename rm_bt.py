@@ -13,7 +13,7 @@ Differs from the print:
     4. The reward is read at the end of turn, which every completion has unless it was cut.
 
     python rm_bt.py                                                    # the toy, in half a minute
-    python rm_bt.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset pref_hh_harmless.jsonl
+    python rm_bt.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset preferences.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py.
 """

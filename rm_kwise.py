@@ -12,7 +12,7 @@ The draft prints the probability of a ranking. Choices it leaves open:
 rm_bt.py trains on the same rows by their pairs (eq. 6), and reports the same figures.
 
     python rm_kwise.py                                                 # the toy, in half a minute
-    python rm_kwise.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset kwise_rankings.jsonl
+    python rm_kwise.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset rankings.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py.
 """

@@ -9,7 +9,7 @@ The draft prints no formula here. Choices it leaves open:
        before it as its prompt.
 
     python sft.py                                    # the toy, from random weights
-    python sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset train.jsonl
+    python sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset instructions.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py.
 """

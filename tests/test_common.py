@@ -582,16 +582,19 @@ def test_a_reward_file_and_its_values(tmp_path):
 # --- Reward models --------------------------------------------------------------------------------
 
 
-TAIL = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+TURN = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{{ eos_token }}"
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["of rm_bt.py", "of another library"])
 @pytest.mark.parametrize("pad_is_eos", [True, False])
-def test_where_a_reward_model_is_read(tmp_path, ours, pad_is_eos):
+@pytest.mark.parametrize("tail", ["\n", ""])
+def test_where_a_reward_model_is_read(tmp_path, ours, pad_is_eos, tail):
     """Ours at the end of turn; another library's where Transformers pools: at the last id of the
     chat template's text that is not pad. A completion that was cut off has no end, in both."""
     tokenizer = make_tokenizer(pad_is_eos=pad_is_eos)
-    tokenizer.chat_template = TAIL + "{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer.chat_template = (
+        TURN + tail + "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     make_model("llama").save_pretrained(tmp_path)
     torch.manual_seed(3)
     model = common.load_model(
@@ -605,7 +608,7 @@ def test_where_a_reward_model_is_read(tmp_path, ours, pad_is_eos):
         part.save_pretrained(tmp_path)
     score = common.load_reward("verifier", None, str(tmp_path), torch.device("cpu"))
     got = score(["q", "q"], ["yes", "yes"], [{}, {"ended": False}])
-    head = tokenizer("[user]q<eos>\n[assistant]", add_special_tokens=False)["input_ids"]
+    head = tokenizer(f"[user]q<eos>{tail}[assistant]", add_special_tokens=False)["input_ids"]
     text = tokenizer("yes", add_special_tokens=False)["input_ids"]
     chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}]
     whole = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"]
@@ -618,7 +621,8 @@ def test_where_a_reward_model_is_read(tmp_path, ours, pad_is_eos):
     assert got[0] == pytest.approx(want, abs=1e-4)
     with torch.no_grad():
         cut = model.score(model.model(torch.tensor([head + text]))[0][0, -1]).item()
-    assert got[1] == pytest.approx(cut + 0.5 * ours, abs=1e-4) and got[0] != got[1]
+    assert got[1] == pytest.approx(cut + 0.5 * ours, abs=1e-4)
+    assert (abs(got[0] - got[1]) < 1e-4) == (pad_is_eos and not tail and not ours)
 
 
 def test_a_reward_model_gets_a_pad_token_that_ends_nothing():

@@ -321,15 +321,21 @@ def test_each_iteration_has_pairs_and_a_reference_of_its_own(tmp_path, kept):
 @pytest.mark.filterwarnings("ignore:over 20")
 def test_no_end_is_trained_that_the_policy_did_not_write(tmp_path, monkeypatch):
     """34 tokens: some completions end, some are cut off, on both sides of the pairs."""
-    seen, collate = [], dpo_nll.collate
+    seen, collate, made, generate = [], dpo_nll.collate, {}, dpo_nll.generate
+
+    def watched_generate(*args):
+        _, texts, ended = out = generate(*args)
+        made.update(zip(texts, ended.tolist(), strict=True))
+        return out
 
     def watched(pairs, *rest):
         out = collate(pairs, *rest)
-        for i, ended in enumerate(x for pair in pairs for x in pair["ended"]):
+        for i, text in enumerate(pair[side] for pair in pairs for side in ("chosen", "rejected")):
             ids = out[0].completion_ids[i][out[0].completion_mask[i]]
-            seen.append((ended, ids[-1].item() == 2))
+            seen.append((made[text], ids[-1].item() == 2))
         return out
 
+    monkeypatch.setattr(dpo_nll, "generate", watched_generate)
     monkeypatch.setattr(dpo_nll, "collate", watched)
     rows = run(iterate(tmp_path, max_new_tokens=34, temperature=1.0, num_pairs=32))
     assert set(seen) == {(True, True), (False, False)}
@@ -337,14 +343,14 @@ def test_no_end_is_trained_that_the_policy_did_not_write(tmp_path, monkeypatch):
 
 
 def test_a_noisy_reward_pairs_no_text_with_itself(tmp_path):
-    args = iterate(tmp_path, max_new_tokens=2, num_pairs=32)
+    args = iterate(tmp_path, max_new_tokens=1, num_pairs=64, num_generations=32)
     (tmp_path / "reward.py").write_text(
         "import random\ndef f(p, c, r):\n    return [random.random() for _ in c]"
     )
     with pytest.warns(UserWarning, match="max-new-tokens"):
         run(args)
     pairs = common.load_rows(tmp_path / "run/pairs/0.jsonl")
-    assert len(pairs) == 32 and all(pair["chosen"] != pair["rejected"] for pair in pairs)
+    assert len(pairs) == 64 and all(pair["chosen"] != pair["rejected"] for pair in pairs)
 
 
 def test_what_is_sampled_must_fit_in_training(tmp_path):

@@ -258,7 +258,7 @@ def make_config(tokenizer):
 
 
 def make_model():
-    """toy/model: tokenizer and a Llama of 0.6 million random weights, for `sft.py` to train."""
+    """toy/model: tokenizer and a Llama of 0.44 million random weights, for `sft.py` to train."""
     import torch
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
