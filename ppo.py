@@ -29,7 +29,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler)
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoModelForTokenClassification, get_scheduler)
 
 from common import (Batch, Run, check_prompts, completion_logps, completion_scores, fixed_logps,
                     generate, greedy_rewards, has_answers, kl_estimate, load_model, load_reward,
@@ -185,8 +186,10 @@ def load_critic(args, tokenizer, device):
     path = args.critic_model or args.reward_model or args.model
     if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
         stop(f"{path} has another vocabulary than the policy: give a --critic-model that has it")
-    critic = load_model(AutoModelForSequenceClassification, path, device, args.dtype,
-                        args.gradient_checkpointing, new_head=1)
+    load = path, device, args.dtype, args.gradient_checkpointing, False, 1
+    critic = load_model(AutoModelForSequenceClassification, *load)
+    if "ForTokenClassification" in str(critic.config.architectures):  # an outcome reward model,
+        critic = load_model(AutoModelForTokenClassification, *load)  # whose head has a bias
     if critic.has_new_head:
         critic.score.weight.data.zero_()
         critic.config.reward_bias = 0.0

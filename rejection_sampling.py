@@ -303,8 +303,9 @@ def main(args: Args):
                      "no_signal": sum(level) / len(level), "ended": sum(ended) / len(ended)},
                     "reward", "reward_selected", "reward_random", "best_of_n", "eval")
             draw_best_of_n(run, rewards)
-            prompts, texts, _ = zip(*chosen["policy"][:args.log_samples], strict=True)
-            run.samples(prompts, texts, rewards.flatten()[places["policy"][:len(texts)]].tolist())
+            shown = places["policy"][:args.log_samples]
+            prompts, texts = ([x[k] for x in chosen["policy"][:len(shown)]] for k in (0, 1))
+            run.samples(prompts, texts, rewards.flatten()[shown].tolist())
         return chosen
 
     if run.step == 0:

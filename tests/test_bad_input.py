@@ -414,9 +414,16 @@ def test_pretraining_gradients_need_text(tmp_path):
     refused(ppo, tmp_path, path, "two tokens", ptx_coef=1.0, pretrain_dataset=path)
 
 
-def test_no_samples_is_no_mistake(tmp_path):
+@pytest.mark.parametrize("script", [*RL, sft, rejection_sampling], ids=lambda x: x.__name__)
+def test_no_samples_is_no_mistake(script, tmp_path):
     path = write_rows(tmp_path / "held.jsonl", *ROWS)
-    sft.main(some_args(sft, tmp_path, eval_dataset=path, log_samples=0))
+    args = dict(model=TOY, dataset=path, eval_dataset=path, output_dir=str(tmp_path / "run"))
+    args |= dict(log_samples=0, max_new_tokens=4)
+    args |= dict(num_prompts=2, num_generations=2, eval_size=2) if script is not sft else {}
+    args |= dict(num_steps=1) if script in RL else {}
+    script.main(script.Args(**args))
+    samples = tmp_path / "run" / "samples.jsonl"
+    assert not samples.exists() or not samples.read_text()
 
 
 @pytest.mark.parametrize("long", ["pair", "answer"])

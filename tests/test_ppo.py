@@ -8,7 +8,11 @@ import pytest
 import torch
 from conftest import ROOT, make_model, make_tokenizer, other_weights
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import common
 import ppo
@@ -228,6 +232,15 @@ def test_the_critic_of_every_architecture(tmp_path, kind):
     both = [common.completion_scores(m, batch).detach()[batch.completion_mask]
             for m in (critic, reward_model)]  # fmt: skip
     assert torch.allclose(*both, atol=1e-4) and both[0].std() > 0.1
+    if kind != "gemma3":  # which has no such class
+        orm = ppo.load_model(AutoModelForTokenClassification, model, device, new_head=1)
+        torch.nn.init.ones_((orm.score if hasattr(orm, "score") else orm.classifier).bias)
+        for part in (orm, tokenizer):
+            part.save_pretrained(tmp_path / "orm")
+        args.critic_model = str(tmp_path / "orm")
+        both = [common.completion_scores(m, batch).detach()[batch.completion_mask]
+                for m in (ppo.load_critic(args, tokenizer, device), orm)]  # fmt: skip
+        assert torch.allclose(*both, atol=1e-4)
 
 
 def test_the_critic_learns_and_moves_no_policy(tmp_path):
