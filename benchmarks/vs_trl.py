@@ -13,7 +13,8 @@ completions are replaced by given ones for that. The peers:
     hf     model.generate of Transformers, which TRL generates with
     plain  our script with --no-share-prompts, and model.generate in place of common.generate
 
-Whatever TRL does by default and we do not is switched off: gradient checkpointing, bfloat16.
+TRL's gradient checkpointing and bfloat16, which are its defaults, are switched off. Its metrics,
+such as entropy, accuracy of tokens and mean logits, are not: they are part of its step.
 """
 import json
 import os
