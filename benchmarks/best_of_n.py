@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ROOT, generate, load_model, load_reward, load_rows, load_tokenizer
+from common import (ROOT, generate, load_model, load_reward, load_rows, load_tokenizer,
+                    with_ended)
 
 N = 8
 
@@ -21,8 +22,8 @@ def main(folders):
     rows = load_rows(ROOT / "toy/problems_test.jsonl", "prompt", "answer")
     policy = load_model(AutoModelForCausalLM, ROOT / "toy/model", torch.device("cpu"))
     tokenizer = load_tokenizer(ROOT / "toy/model")
-    _, texts, _ = generate(policy, tokenizer, [row["prompt"] for row in rows], N, 48)
-    of_each = [row for row in rows for _ in range(N)]
+    _, texts, ended = generate(policy, tokenizer, [row["prompt"] for row in rows], N, 48)
+    of_each = with_ended([row for row in rows for _ in range(N)], ended)
     right = torch.tensor([t.rpartition("\n")[2] == row["answer"]
                           for t, row in zip(texts, of_each, strict=True)]).float().view(-1, N)
     print(f"| chosen by | accuracy of {len(rows)} problems |\n|---|---|")

@@ -17,7 +17,8 @@ import tyro
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import ROOT, generate, load_model, load_reward, load_rows, load_tokenizer
+from common import (ROOT, generate, load_model, load_reward, load_rows, load_tokenizer,
+                    with_ended)
 from plot import load
 from rejection_sampling import best_of_n_kl, best_of_n_reward, verifier
 
@@ -43,10 +44,11 @@ def main(args: Args):
     rows = load_rows(args.dataset, "prompt", "answer")[:args.num_prompts]
     tokenizer = load_tokenizer(args.model)
     policy = load_model(AutoModelForCausalLM, args.model, device)
-    G, of_each = args.num_generations, [row for row in rows for _ in range(args.num_generations)]
-    texts = []
+    G, texts, of_each = args.num_generations, [], []
     for row in rows:
-        texts += generate(policy, tokenizer, [row["prompt"]], G, args.max_new_tokens)[1]
+        _, more, ended = generate(policy, tokenizer, [row["prompt"]], G, args.max_new_tokens)
+        texts += more
+        of_each += with_ended([row] * G, ended)
     score = load_reward("verifier", None, args.reward_model, device, micro_batch_size=256)
     proxy = torch.tensor(score([row["prompt"] for row in of_each], texts, of_each)).view(-1, G)
     gold = torch.tensor(verifier(None, texts, of_each)).view(-1, G)
