@@ -254,7 +254,8 @@ def main(args: Args):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0,
                                   fused=True)
     warmup = round(args.warmup_ratio * num_steps)
-    scheduler = get_scheduler(args.lr_schedule, optimizer, warmup, num_steps)
+    schedule = args.lr_schedule if args.lr_schedule != "constant" else "constant_with_warmup"
+    scheduler = get_scheduler(schedule, optimizer, warmup, num_steps)
     parts = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler}
     run.begin(parts | ({"ref": ref} if ref else {}), num_steps)
 

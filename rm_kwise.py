@@ -207,7 +207,8 @@ def main(args: Args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0,
                                   fused=True)
     warmup = round(args.warmup_ratio * num_steps)
-    scheduler = get_scheduler(args.lr_schedule, optimizer, warmup, num_steps)
+    schedule = args.lr_schedule if args.lr_schedule != "constant" else "constant_with_warmup"
+    scheduler = get_scheduler(schedule, optimizer, warmup, num_steps)
     run.begin({"model": model, "optimizer": optimizer, "scheduler": scheduler}, num_steps)
 
     def report():

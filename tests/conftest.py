@@ -12,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoTokenizer,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -91,6 +92,24 @@ def other_weights(module, monkeypatch):
 
     monkeypatch.setattr(module, "load_model", loading)
     return loaded
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Folder of a random model that takes milliseconds a step, with the toy's tokenizer of 20-odd
+    tokens: about one token in twenty is an EOS, so that completions end at their own times."""
+    folder = tmp_path_factory.mktemp("tiny")
+    toy = AutoTokenizer.from_pretrained(ROOT / "toy" / "model")
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(toy), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=64, max_position_embeddings=256,
+        initializer_range=0.2, bos_token_id=toy.bos_token_id, eos_token_id=toy.eos_token_id,
+        pad_token_id=toy.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    toy.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
