@@ -3,8 +3,15 @@
 
 It finds the commonest bug of code written without a GPU, a tensor made on the CPU that meets one on
 the accelerator. It says nothing of speed, memory, kernels or bfloat16 on a real GPU. Run as a
-program, it enables itself and calls a script: python tests/simulated_device.py grpo --num-steps 2
+program, it enables itself and calls scripts, one after the other, by a JSON file of {name of a run:
+[script, {flag: value}]}: python tests/simulated_device.py runs.json. It says of each how it ended.
 """
+
+import importlib
+import json
+import sys
+import traceback
+from pathlib import Path
 
 import torch
 import torch.utils.backend_registration as registration
@@ -137,16 +144,25 @@ def enable() -> None:
     _Mode().__enter__()
 
 
-if __name__ == "__main__":
-    import importlib
-    import sys
-    from pathlib import Path
-
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    enable()
+def run_all(path) -> None:
+    """Print a line for each run of the file: RUN and, as JSON, its name and what went wrong."""
+    import common
     from transformers import PreTrainedModel
 
+    common.WORTH_SHARING = 0
     # It looks for shared storage, which wrappers have none of.
     PreTrainedModel.save_pretrained = lambda self, folder: None
-    script = importlib.import_module(sys.argv.pop(1))
-    script.main(script.parse_args(script.Args, script.TOY))
+    for name, (script, flags) in json.loads(Path(path).read_text()).items():
+        module = importlib.import_module(script)
+        wrong = ""
+        try:
+            module.main(module.Args(**flags))
+        except (Exception, SystemExit):
+            wrong = traceback.format_exc()
+        print("\nRUN", json.dumps([name, wrong]), flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    enable()
+    run_all(sys.argv[1])

@@ -1,10 +1,15 @@
 """Every script on the simulated accelerator, and the simulation itself."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from transformers import AutoModelForSequenceClassification
+
+from common import load_model
 
 SIM = ROOT / "tests" / "simulated_device.py"
 
@@ -25,56 +30,98 @@ def test_the_simulation_refuses_to_mix():
 def test_the_simulation_leaves_no_weight_uninitialised():
     """What no file has, a new head and the rotary frequencies, is what it is on the CPU."""
     code = (
-        "import sys, torch, simulated_device, common\n"
-        "if sys.argv[1] == 'sim': simulated_device.enable()\n"
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(SIM.parent)!r}]\n"
+        "import torch, simulated_device, common\n"
+        "simulated_device.enable()\n"
         "torch.manual_seed(0)\n"
-        "args = common.transformers.AutoModelForSequenceClassification, sys.argv[2]\n"
-        "m = common.load_model(*args, torch.device(sys.argv[1]), new_head=1)\n"
+        "args = common.transformers.AutoModelForSequenceClassification, sys.argv[1]\n"
+        "m = common.load_model(*args, torch.device('sim'), new_head=1)\n"
         "print(m.score.weight.cpu().tolist(), m.model.rotary_emb.inv_freq.cpu().tolist())"
     )
-    path = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(SIM.parent)!r}]\n"
-    outs = [run("-c", path + code, device, ROOT / "toy/model") for device in ("cpu", "sim")]
-    assert outs[0].returncode == outs[1].returncode == 0, outs[1].stderr
-    assert outs[0].stdout == outs[1].stdout
+    out = run("-c", code, ROOT / "toy/model")
+    assert out.returncode == 0, out.stderr
+    torch.manual_seed(0)
+    model = load_model(
+        AutoModelForSequenceClassification, ROOT / "toy/model", torch.device("cpu"), new_head=1
+    )
+    frequencies = model.model.rotary_emb.inv_freq.tolist()
+    assert out.stdout == f"{model.score.weight.tolist()} {frequencies}\n"
 
 
-@pytest.mark.parametrize(
-    "script, flags",
-    [
-        ("grpo", ["--num-epochs", "2", "--num-minibatches", "2"]),
-        ("grpo", ["--supervision", "process", "--reward", f"{ROOT}/toy/make.py:step_rewards"]),
-        ("grpo", ["--no-share-prompts", "--micro-batch-size", "3", "--beta", "0"]),
-        ("reinforce_rloo", ["--baseline", "remax"]),
-        ("ppo", ["--num-minibatches", "2", "--micro-batch-size", "2", "--kl-target", "6"]),
-        ("ppo", ["--num-epochs", "1", "--critic-warmup", "1", "--ptx-coef", "1", "--beta", "0"]),
-        ("rejection_sampling", ["--select", "overall", "--top-k", "3", "--rounds", "2"]),
-        ("dpo_nll", ["--iterations", "2", "--num-pairs", "4", "--temperature", "3"]),
-        ("dpo_nll", ["--no-precompute-ref", "--loss", "ipo", "--micro-batch-size", "5"]),
-        ("sft", ["--max-length", "30"]),
-        ("rm_bt", ["--nll-coef", "0.1", "--center-coef", "0.1"]),
-        ("rm_kwise", ["--no-share-prompts"]),
-        ("prm", ["--solution-score", "minimum"]),
-        ("prm", ["--supervision", "outcome", "--head", "cobbe", "--lm-coef", "0.1"]),
-    ],
-)
-def test_a_script_runs_there(script, flags, tmp_path):
-    small = ["--num-prompts", "2", "--num-generations", "2", "--max-new-tokens", "8"]
-    small += ["--num-steps", "2", "--eval-size", "4", "--checkpoint-every", "1"]
-    if "--ptx-coef" in flags:
-        (tmp_path / "text.jsonl").write_text('{"text": "12345"}\n{"text": "6"}\n{"text": "123"}')
-        small += ["--pretrain-dataset", tmp_path / "text.jsonl"]
-    if script == "rejection_sampling":
-        small = [*small[:6], *small[8:]]
-    if "--iterations" in flags:
-        (tmp_path / "len.py").write_text("def f(p, c, r):\n    return [len(set(x)) for x in c]")
-        small = [*small[:6], "--dataset", ROOT / "toy/problems_train.jsonl"]
-        small += ["--reward", f"{tmp_path}/len.py:f", "--eval-size", "4"]
-    elif script not in ("grpo", "reinforce_rloo", "ppo", "rejection_sampling"):
-        name = {"rm_bt": "pref", "rm_kwise": "kwise", "dpo_nll": "pref"}.get(script, script)
-        name = "orm" if "outcome" in flags else name
-        rows = (ROOT / f"toy/{name}_train.jsonl").read_text().splitlines(True)[:40]
-        (tmp_path / "d.jsonl").write_text("".join(rows))
-        small = ["--dataset", tmp_path / "d.jsonl", "--eval-dataset", tmp_path / "d.jsonl"]
-    command = [SIM, script, "--device", "sim", "--output-dir", tmp_path / "run", *small, *flags]
-    out = run(*command)
-    assert out.returncode == 0, out.stderr[-2000:]
+# --- The scripts ----------------------------------------------------------------------------------
+
+
+RUNS = {
+    "grpo": ("grpo", dict(num_epochs=2, num_minibatches=2)),
+    "grpo, process": (
+        "grpo",
+        dict(supervision="process", reward=f"{ROOT}/toy/make.py:step_rewards"),
+    ),
+    "grpo, plain": ("grpo", dict(share_prompts=False, micro_batch_size=3, beta=0.0)),
+    "reinforce": ("reinforce_rloo", dict(baseline="remax")),
+    "ppo": ("ppo", dict(num_epochs=2, num_minibatches=2, micro_batch_size=2, kl_target=6.0)),
+    "ppo, ptx": ("ppo", dict(num_epochs=1, critic_warmup=1, ptx_coef=1.0, beta=0.0)),
+    "rejection sampling": ("rejection_sampling", dict(select="overall", top_k=3, rounds=2)),
+    "dpo, iterations": ("dpo_nll", dict(iterations=2, num_pairs=4, temperature=3.0)),
+    "dpo": ("dpo_nll", dict(precompute_ref=False, loss="ipo", micro_batch_size=5)),
+    "sft": ("sft", dict(max_length=30)),
+    "bt": ("rm_bt", dict(nll_coef=0.1, center_coef=0.1)),
+    "kwise": ("rm_kwise", dict(share_prompts=False)),
+    "prm": ("prm", dict(solution_score="minimum")),
+    "orm": ("prm", dict(supervision="outcome", head="cobbe", lm_coef=0.1)),
+}
+FILES = {"bt": "pref", "kwise": "kwise", "dpo": "pref", "prm": "prm", "orm": "orm", "sft": "sft"}
+SAMPLING = dict(num_prompts=2, num_generations=2, max_new_tokens=6, reward="REWARD", eval_size=3)
+
+
+def flags_of(name, folder, tiny):
+    """Flags of one small run on six rows, with evaluations and checkpoints."""
+    script, flags = RUNS[name]
+    file = FILES.get(name, "problems")
+    lines = (ROOT / f"toy/{file}_train.jsonl").read_text().splitlines(keepends=True)
+    rows = folder / f"{file}.jsonl"
+    rows.write_text("".join(lines[:6]))
+    small = dict(model=tiny, dataset=str(rows), eval_dataset=str(rows), learning_rate=1e-3)
+    small |= dict(checkpoint_every=1, eval_every=2)
+    if file == "problems":
+        small |= SAMPLING | dict(reward=f"{folder}/digits.py:digits")
+        small |= dict(num_steps=2) if script in ("grpo", "reinforce_rloo", "ppo") else {}
+    else:
+        small |= dict(batch_size=3, num_epochs=1, eval_size=3)
+    if script == "dpo_nll":
+        small |= dict(eval_prompts=str(folder / "problems.jsonl"), max_new_tokens=8)
+        small |= dict(eval_dataset="") if "iterations" in name else {}
+    if "ptx" in name:
+        small |= dict(pretrain_dataset=str(folder / "text.jsonl"))
+    return script, small | flags
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny):
+    """All runs on the simulated device, in one process: folder, {name: what went wrong}, output."""
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.jsonl").write_text('{"text": "12345"}\n{"text": "6"}\n{"text": "123"}')
+    (folder / "digits.py").write_text(
+        "def digits(prompts, completions, rows):\n"
+        "    return [float(len(set(text))) for text in completions]\n"
+    )
+    todo = {}
+    for name in RUNS:
+        script, flags = flags_of(name, folder, tiny)
+        todo[name] = script, flags | dict(device="sim", output_dir=str(folder / "sim" / name))
+    (folder / "runs.json").write_text(json.dumps(todo))
+    out = run(SIM, folder / "runs.json")
+    said = [line[4:] for line in out.stdout.splitlines() if line.startswith("RUN ")]
+    return folder, dict(map(json.loads, said)), out.stderr
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_script_runs_there(name, runs):
+    """It comes to its end, with the metrics of its evaluations and steps."""
+    folder, wrong, errors = runs
+    assert wrong.get(name, "it was not begun: " + errors[-2000:]) == ""
+    lines = (folder / "sim" / name / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    steps = [row for row in rows if "tokens_per_second" in row]
+    assert len(steps) >= 2 and len(rows) > len(steps)
+    assert any(name.startswith("eval_") for row in rows for name in row)

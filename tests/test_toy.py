@@ -1,12 +1,14 @@
 """The toy: grading by hand, files remade, and a policy that is right about half the time."""
 
 import json
+import random
 
 import pytest
 import torch
 from conftest import ROOT
-from make import (SAMPLED, grade_steps, load_policy, make_config, make_data,
-                  make_tokenizer, quality, sampled_prompts, sampled_rows, write_out)
+from make import (SAMPLED, answer_text, columns, grade_steps, labelled_steps, load_policy,
+                  make_config, make_data, make_tokenizer, outcomes, preferences, problems, quality,
+                  rankings, sampled_prompts, sampled_rows, step_rewards, write_out)
 
 TOY = ROOT / "toy"
 FILES = [*make_data(), *SAMPLED]
@@ -49,6 +51,88 @@ def test_a_right_solution_by_hand():
     assert write_out("9999+9999") == "9+9+0=18\n9+9+1=19\n9+9+1=19\n9+9+1=19\n19998"
     forgets = write_out("9999+9999", forgets=True)
     assert forgets == "9+9+0=18\n9+9+1=19\n9+9+0=18\n9+9+0=18\n18898"
+
+
+def test_columns_and_answers_by_hand():
+    assert columns(" 587+  46") == [(7, 6), (8, 4), (5, 0)]
+    assert columns("   7+1234") == [(7, 4), (0, 3), (0, 2), (0, 1)]
+    assert answer_text([13, 9, 15]) == "1593" and answer_text([5, 0]) == "5"
+    assert answer_text([0, 0]) == "0"
+
+
+# Of 587 + 46, from the best: right, off by 1, by 10, by 100, by 1000; each with right columns
+STEPS = RIGHT.rpartition("\n")[0]
+SCORED = {5: RIGHT, 4: f"{STEPS}\n634", 3: f"{STEPS}\n643", 2: f"{STEPS}\n733", 1: f"{STEPS}\n1633"}
+
+
+def test_likert_scores_by_hand():
+    assert {score: quality(" 587+  46", text) for score, text in SCORED.items()} == {
+        score: score for score in SCORED
+    }
+    assert quality(" 587+  46", "nonsense") == 1
+
+
+def test_outcomes_by_hand():
+    """Only what is right is right, and not what nearly is; a blank one is left out."""
+    rows = list(outcomes(None, " 587+  46", [*SCORED.values(), " \n", RIGHT]))
+    assert [row["label"] for row in rows] == [True, False, False, False, False, True]
+    assert [row["completion"] for row in rows] == [*SCORED.values(), RIGHT]
+    assert {row["prompt"] for row in rows} == {" 587+  46"}
+
+
+@pytest.mark.parametrize("high", [5, 4, 3, 2])
+@pytest.mark.parametrize("low", [4, 3, 2, 1])
+def test_preferences_by_hand(high, low):
+    """The better one is chosen, wherever it stands; with equal ones there is no pair."""
+    margins = {1: 0.3333, 2: 0.6667, 3: 1.0, 4: 1.0}
+    for texts in ([SCORED[high], SCORED[low]], [SCORED[low], SCORED[high]]):
+        rows = list(preferences(random.Random(0), " 587+  46", texts))
+        if high == low:
+            assert rows == []
+            continue
+        (row,) = rows
+        assert row["chosen"] == SCORED[max(high, low)]
+        assert row["rejected"] == SCORED[min(high, low)]
+        assert row["margin"] == margins[abs(high - low)] and row["prompt"] == " 587+  46"
+
+
+def test_rankings_by_hand():
+    """Best first is rank 0; of those rated alike the first is kept; one alone is no ranking."""
+    texts = [SCORED[2], SCORED[5], "7+6+0=14\n8+4+1=13\n5+0+1=06\n634", SCORED[4], RIGHT]
+    texts.append(f"{STEPS}\n632")  # rated like 634
+    wanted = {SCORED[5]: 0, SCORED[4]: 1, texts[2]: 2, SCORED[2]: 3}  # 634 twice, by lines right
+    sizes = set()
+    for seed in range(20):
+        (row,) = rankings(random.Random(seed), " 587+  46", texts)
+        sizes.add(len(row["completions"]))
+        order = sorted(zip(row["ranks"], row["completions"], strict=True))
+        places = [wanted[text] for _, text in order]
+        assert places == sorted(places) and row["ranks"] != [] and len(set(places)) == len(places)
+        assert sorted(row["ranks"]) == list(range(len(order)))
+    assert sizes == {3, 4}
+    assert list(rankings(random.Random(0), " 587+  46", [RIGHT, RIGHT])) == []
+
+
+def test_labelled_steps_by_hand():
+    """A completion that is there twice is one row; blank lines are no steps."""
+    wrong = "7+6+0=14\n\n8+4+1=13"
+    rows = list(labelled_steps(None, " 587+  46", [wrong, RIGHT, wrong, "\n"]))
+    assert [row["labels"] for row in rows] == [[-1, 0], [1, 1, 1, 1]]
+    assert rows[0]["steps"] == ["7+6+0=14", "8+4+1=13"] and rows[1]["steps"] == RIGHT.split("\n")
+
+
+def test_step_rewards_by_hand():
+    texts = [RIGHT, "7+6+0=14\n8+4+1=13", ""]
+    assert step_rewards([" 587+  46"] * 3, texts, None) == [[1.0] * 4, [0.0, 0.0], []]
+
+
+def test_problems_are_new_and_of_two_to_four_digits():
+    taken = {"  12+ 345"}
+    found = problems(random.Random(1), 300, taken)
+    assert len(set(found)) == 300 and len(taken) == 301 and "  12+ 345" not in found
+    assert not set(problems(random.Random(1), 300, taken)) & set(found)
+    digits = {len(number.strip()) for prompt in found for number in prompt.split("+")}
+    assert digits == {2, 3, 4} and {len(prompt) for prompt in found} == {9}
 
 
 def test_the_data_remade_are_the_data_committed():
