@@ -214,7 +214,7 @@ def load_policy():
     import torch
     from transformers import AutoModelForCausalLM
 
-    from common import load_model, load_tokenizer
+    from plumbing import load_model, load_tokenizer
 
     policy = load_model(AutoModelForCausalLM, str(TOY / "model"), torch.device("cpu"))
     return policy, load_tokenizer(str(TOY / "model"))
