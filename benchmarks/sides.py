@@ -175,7 +175,7 @@ def run_trl(job, tokenizer):
     if sampled:
         options |= dict(num_generations=G, max_completion_length=job["tokens"], beta=0.04,
                         temperature=1.0)
-        options |= dict(loss_type="grpo") if name == "grpo" else {}
+        options |= dict(loss_type="grpo", use_bias_correction_kl=False) if name == "grpo" else {}
         dataset = dataset.select_columns(["prompt"])
     elif pairs:
         options |= dict(max_length=1024)
