@@ -46,16 +46,22 @@ ROOT = Path(__file__).resolve().parent
 # --- Errors ---------------------------------------------------------------------------------------
 
 
+class UserError(ValueError):
+    """A mistake of the user, said in one line: what is wrong, where, and what to do."""
+
+
 def stop(message):
-    """Raise ValueError with `message` on one line: what is wrong, where, and what to do."""
-    raise ValueError(" ".join(str(message).split())[:500])
+    """Raise UserError with `message` on one line."""
+    raise UserError(" ".join(str(message).split())[:500])
 
 
 @contextlib.contextmanager
 def stop_on_error(saying):
-    """Turn any exception into ValueError: `saying`, what the exception was, and where."""
+    """Turn any other exception into UserError: `saying`, what the exception was, and where."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{Path(last.filename).name}:{last.lineno}"
@@ -465,7 +471,9 @@ def _as_numbers(value):
 def _check_reward(value, text, by_step):
     """ValueError where a reward is not a finite number, or with by_step a list of such."""
     if by_step and not isinstance(value, list):
-        raise ValueError(f"{value} for {text[:60]!r}: it needs a list with a number for each step")
+        raise ValueError(
+            f"{value} for {text[:60]!r}: --supervision process needs a list with a number per step"
+        )
     if not by_step and isinstance(value, list):
         raise ValueError(
             f"{value} for {text[:60]!r}: it needs one number; lists go with --supervision process"
