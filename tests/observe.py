@@ -131,8 +131,8 @@ def observe(script, args, picture=False):
 
 
 # --- Flags that all scripts have ------------------------------------------------------------------
-# Each takes run(**changes) -> Seen of a tiny run in a folder of its own, `base`, the Seen of the run
-# without changes, and an empty folder. The base run has three steps or more, and evaluates before
+# Each takes run(**changes) -> Seen of a tiny run in a folder of its own; `base`, the Seen of the run
+# without changes; and an empty folder. The base run has three steps or more, and evaluates before
 # and after them.
 
 

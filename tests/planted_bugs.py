@@ -21,10 +21,10 @@ import ast
 import os
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,46 +112,89 @@ def copy_project(folder):
             )
 
 
-def run_tests(folder, tests):
-    """pytest's exit code: 0 where all pass, 1 where one fails; and its last lines."""
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    env.setdefault("OMP_NUM_THREADS", "1")
+def warm_up():
+    """Import what takes seconds, once: the tests of each bug run in a fork of this process."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.dont_write_bytecode = True
+    import pytest
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    for kind in ("Llama", "GPT2", "GPTNeoX", "Qwen3", "Gemma3"):
+        getattr(transformers, f"{kind}ForSequenceClassification")
+    return pytest
+
+
+class Trial:
+    """The tests of one bug, or of none, running in a fork, in a copy of the project."""
+
+    def __init__(self, pytest, bug, tests):
+        self.bug = bug
+        self.folder = Path(tempfile.mkdtemp())
+        self.outcome = ""
+        copy = self.folder / "copy"
+        copy_project(copy)
+        if bug:
+            try:
+                changed = plant((ROOT / bug.file).read_text(), bug)
+            except (ValueError, SyntaxError) as e:
+                self.end(f"NOT PLANTED: {e}")
+                return
+            (copy / bug.file).write_text(changed)
+        self.started = time.time()
+        self.pid = os.fork()
+        if self.pid == 0:
+            run_tests(pytest, copy, self.folder, tests)
+
+    def end(self, outcome):
+        self.outcome = outcome
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def poll(self):
+        """Set the outcome if the tests have come to an end, or run for too long."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid:
+            code = os.waitstatus_to_exitcode(status)
+            names = {0: "SURVIVED", 1: "killed", 2: "BROKEN: the tests do not start"}
+            if code == 1 and not self.bug:
+                print((self.folder / "out").read_text()[-2000:], flush=True)
+            self.end(names.get(code, f"BROKEN: pytest ends with {code}; no such tests?"))
+        elif time.time() - self.started > SECONDS:
+            os.killpg(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.end("killed")
+
+
+def run_tests(pytest, copy, folder, tests):
+    """In the fork: run pytest on these tests, and end the process with its exit code."""
+    os.setpgid(0, 0)
+    os.chdir(copy)
+    out = os.open(folder / "out", os.O_WRONLY | os.O_CREAT)
+    os.dup2(out, 1)
+    os.dup2(out, 2)
     paths = [f"tests/{word}" if re.match(r"test_\w+\.py", word) else word for word in tests]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *paths]
-    try:
-        done = subprocess.run(
-            command, cwd=folder, env=env, capture_output=True, text=True, timeout=SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        return 1, "the tests did not come to an end"
-    return done.returncode, done.stdout[-1500:]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", str(folder / "temporary")]
+    code = pytest.main([*options, *paths])
+    os._exit(int(code))
 
 
-def try_bug(bug):
-    """-> "killed", "SURVIVED" or what is wrong with the bug."""
-    source = (ROOT / bug.file).read_text()
-    try:
-        changed = plant(source, bug)
-    except (ValueError, SyntaxError) as e:
-        return f"NOT PLANTED: {e}"
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "copy"
-        copy_project(folder)
-        (folder / bug.file).write_text(changed)
-        code, _ = run_tests(folder, bug.tests)
-    names = {0: "SURVIVED", 1: "killed", 2: "BROKEN: the tests do not start"}
-    return names.get(code, f"BROKEN: pytest ends with {code}; no such tests?")
-
-
-def healthy(tests):
-    """Whether these tests pass without a bug: else a failure would say nothing."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "copy"
-        copy_project(folder)
-        code, out = run_tests(folder, tests)
-    if code:
-        print(f"without a bug {' '.join(tests)} ends with {code}:\n{out}", flush=True)
-    return code == 0
+def run_all(pytest, tasks, jobs):
+    """Run (bug, tests) tasks, some at a time, and yield (bug, tests, outcome) as they end."""
+    waiting = list(tasks)
+    running = []
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            bug, tests = waiting.pop(0)
+            running.append((Trial(pytest, bug, tests), tests))
+        time.sleep(0.05)
+        for trial, tests in list(running):
+            if not trial.outcome:
+                trial.poll()
+            if trial.outcome:
+                running.remove((trial, tests))
+                yield trial.bug, tests, trial.outcome
 
 
 def main():
@@ -169,15 +212,20 @@ def main():
         print(*bugs, sep="\n")
         print(f"{len(bugs)} bugs")
         return
-    with ThreadPoolExecutor(args.jobs) as pool:
-        calls = list({tuple(bug.tests): bug.tests for bug in bugs}.values())
-        well = dict(zip(map(tuple, calls), pool.map(healthy, calls), strict=True))
-        ready = [bug for bug in bugs if well[tuple(bug.tests)]]
-        left = [(bug, "ITS TESTS FAIL WITHOUT IT") for bug in bugs if not well[tuple(bug.tests)]]
-        for bug, outcome in zip(ready, pool.map(try_bug, ready), strict=True):
-            print(f"{outcome:9} {bug}", flush=True)
-            if outcome != "killed":
-                left.append((bug, outcome))
+    pytest = warm_up()
+    calls = {tuple(bug.tests): bug.tests for bug in bugs}
+    unhealthy = set()  # calls that fail without a bug: with one, their failure would say nothing
+    for _, tests, outcome in run_all(pytest, [(None, x) for x in calls.values()], args.jobs):
+        if outcome != "SURVIVED":
+            unhealthy.add(tuple(tests))
+            print(f"without a bug: {outcome}: {' '.join(tests)}", flush=True)
+    left = []
+    for bug, tests, outcome in run_all(pytest, [(bug, bug.tests) for bug in bugs], args.jobs):
+        if tuple(tests) in unhealthy:
+            outcome = "ITS TESTS FAIL WITHOUT IT"
+        print(f"{outcome:9} {bug}", flush=True)
+        if outcome != "killed":
+            left.append((bug, outcome))
     print(f"\n{len(bugs)} bugs, {len(bugs) - len(left)} killed, {len(left)} not:")
     for bug, outcome in left:
         print(f"{outcome}  {bug}  [{' '.join(bug.tests)}]")

@@ -5,9 +5,24 @@ import math
 import pytest
 import torch
 from conftest import make_model, make_tokenizer
-from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
+from other_tokenizers import (
+    ids_of,
+    talking_model,
+    with_bos,
+    with_eos,
+    with_merges,
+    with_turns,
+    with_word_at_zero,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    LlamaForSequenceClassification,
+)
 
 import common
+import plain
 
 KINDS = ["llama", "qwen3", "gemma3", "gpt2", "neox"]
 PROMPTS = ["short", "a much longer prompt than that", "mid-size one"]
@@ -635,3 +650,477 @@ def test_a_reward_model_gets_a_pad_token_that_ends_nothing():
     tokenizer = make_tokenizer(pad_is_eos=True)  # it knows of no other
     common.set_other_pad(tokenizer)
     assert tokenizer.pad_token == "<eos>"
+
+
+# --- Batches by hand ------------------------------------------------------------------------------
+
+
+def lengths_batch(prompts, completions, of):
+    """A Batch of prompts and completions of these lengths."""
+    prompt_ids, prompt_mask = common.pad([[7] * n for n in prompts], "left")
+    ids, mask = common.pad([[5] * n for n in completions], "right")
+    return common.Batch(prompt_ids, prompt_mask, ids, mask, torch.tensor(of))
+
+
+def test_pad_by_hand():
+    """On the side that is asked for, with masks from lengths: an id 0 is an id like others."""
+    rows = [[0, 4, 0], [0]]
+    ids, mask = common.pad(rows, "left")
+    assert ids[:, -1].tolist() == [0, 0] and ids[0].tolist() == [0, 4, 0]
+    assert mask.tolist() == [[True] * 3, [False, False, True]]
+    assert ids.dtype == torch.long and mask.dtype == torch.bool
+    ids, mask = common.pad([[0], [3, 4]], "right")
+    assert ids[1].tolist() == [3, 4] and ids[0, 0] == 0
+    assert mask.tolist() == [[True, False], [True, True]]
+
+
+def test_rows_are_cut_to_the_longest_of_them():
+    """Prompts, as columns on the left, and completions, on the right; each prompt is there once."""
+    batch = lengths_batch([2, 6, 4], [1, 5, 2, 3], [0, 1, 2, 2])
+    part = batch.rows(torch.tensor([0, 2, 3]))
+    assert part.prompt_ids.shape == part.prompt_mask.shape == (2, 4)
+    assert part.completion_ids.shape == part.completion_mask.shape == (3, 3)
+    assert part.prompt_of.tolist() == [0, 1, 1]
+    assert part.prompt_mask.sum(1).tolist() == [2, 4] and part.prompt_mask[:, -1].all()
+    assert part.completion_mask.sum(1).tolist() == [1, 2, 3]
+    assert (part.prompt_ids == 7).equal(part.prompt_mask)
+    assert (part.completion_ids == 5).equal(part.completion_mask)
+
+
+def test_split_puts_the_longest_first():
+    """By the longest completion of each prompt, prompt included, and never mixing the prompts."""
+    batch = lengths_batch([3, 2, 9, 3], [1, 1, 9, 1, 1, 1, 7, 1], [0, 0, 1, 1, 2, 2, 3, 3])
+    longest = [4, 11, 10, 10]  # of prompts 0 to 3
+    assert [mb.tolist() for mb in batch.split(2)] == [[2, 3], [4, 5], [6, 7], [0, 1]]
+    assert [mb.tolist() for mb in batch.split(4)] == [[2, 3, 4, 5], [0, 1, 6, 7]]
+    parts = [mb.tolist() for mb in batch.split(4, whole_prompts=True)]
+    assert parts == [[2, 3, 4, 5], [0, 1, 6, 7]]
+    parts = [mb.tolist() for mb in batch.split(3, whole_prompts=True)]
+    assert parts == [[2, 3], [4, 5], [6, 7], [0, 1]]
+    assert longest[1] == max(longest)
+
+
+def test_split_of_prompts_with_other_numbers_of_completions():
+    """One, three and two of them; the longest prompt, which comes first, is not the first one."""
+    batch = lengths_batch([2, 9, 5], [1] * 6, [0, 1, 1, 1, 2, 2])
+    parts = [mb.tolist() for mb in batch.split(3, whole_prompts=True)]
+    assert parts == [[1, 2, 3], [0, 4, 5]]
+    parts = [mb.tolist() for mb in batch.split(2, whole_prompts=True)]
+    assert parts == [[1, 2, 3], [4, 5], [0]]
+
+
+def test_split_goes_by_prompts_and_completions_together():
+    """A long prompt with short completions comes after a short one with longer completions."""
+    batch = lengths_batch([5, 1, 3], [1, 8, 1], [0, 1, 2])
+    assert [mb.tolist() for mb in batch.split(1)] == [[1], [0], [2]]
+    batch = lengths_batch([5, 1, 3], [1, 3, 1], [0, 1, 2])
+    assert batch.split(1)[0].tolist() == [0]
+
+
+def test_to_moves_every_part():
+    moved = lengths_batch([2, 3], [1, 2], [0, 1]).to("meta")
+    assert isinstance(moved, common.Batch)
+    assert [x.device.type for x in vars(moved).values()] == ["meta"] * 5
+
+
+TOKENIZERS = {
+    "bytes": make_tokenizer(),
+    "pad is EOS": make_tokenizer(pad_is_eos=True),
+    "adds BOS": with_bos(),
+    "adds EOS": with_eos(),
+    "word at 0": with_word_at_zero(),
+    "turns": with_turns(),
+    "merges": with_merges(),
+}
+BY_HAND = {"turns": ("<bos>[user]{}<turn>\n[assistant]", "<turn>")}
+for name in ("bytes", "pad is EOS", "adds BOS"):
+    BY_HAND[name] = ("<bos>[user]{}<eos>[assistant]", "<eos>")
+for name in ("adds EOS", "word at 0", "merges"):
+    BY_HAND[name] = ("{}", "<eos>")
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_what_encode_makes_by_hand(kind):
+    """Ids of prompts and completions, written out, of tokenizers of every kind; no token is of
+    both, and none is added."""
+    tokenizer, (template, end) = TOKENIZERS[kind], BY_HAND[kind]
+    prompts, texts = ["xa", "a longer one a"], [["b", "aba a"], ["bab", "", "a"]]
+    batch = common.encode(tokenizer, prompts, texts)
+    got = list(sequences(batch))
+    want = []
+    for prompt, group in zip(prompts, texts, strict=True):
+        for text in group:
+            ids = ids_of(tokenizer, text) + ids_of(tokenizer, end)
+            want.append((ids_of(tokenizer, template.format(prompt)), ids))
+    assert got == want
+    assert batch.prompt_of.tolist() == [0, 0, 1, 1, 1]
+    assert batch.prompt_ids.dtype == batch.completion_ids.dtype == torch.long
+
+
+def test_where_encode_cuts():
+    """At `max_length` tokens, prompt included: what just fits keeps its end."""
+    tokenizer = make_tokenizer(chat=False)
+    texts = [["ab", "abc", "abcd"], ["ab"]]
+    batch = common.encode(tokenizer, ["pp", "pppp"], texts, max_length=5)
+    letters, end = ids_of(tokenizer, "abcd"), [tokenizer.eos_token_id]
+    want = [letters[:2] + end, letters[:3], letters[:3], letters[:1]]
+    assert [ids for _, ids in sequences(batch)] == want
+    ended = [False, True, False, False]
+    batch = common.encode(tokenizer, ["pp", "pppp"], texts, max_length=5, ended=ended)
+    want = [letters[:2], letters[:3], letters[:3], letters[:1]]
+    assert [ids for _, ids in sequences(batch)] == want
+    for length in (3, 4):  # no room for one token
+        with pytest.raises(SystemExit, match=f"4 tokens leaves no room .* in {length}"):
+            common.encode(tokenizer, ["pp", "pppp"], texts, max_length=length)
+    with pytest.raises(ValueError):
+        common.encode(tokenizer, ["pp"], texts)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_what_encode_steps_makes_by_hand(kind):
+    """Ids and ends of steps: each with its separator, tokenised apart, then the end of turn."""
+    tokenizer, (template, end) = TOKENIZERS[kind], BY_HAND[kind]
+    letters = ids_of(tokenizer, "xa")[:2] + ids_of(tokenizer, "b") + ids_of(tokenizer, "\n")
+    x, a, b, newline = letters
+    prompt = ids_of(tokenizer, template.format("p"))
+    end = ids_of(tokenizer, end)
+    got = common.encode_steps(tokenizer, "p", ["xa", "b"], "\n")
+    assert got == (prompt, [x, a, newline, b, newline, *end], [2, 4])
+    got = common.encode_steps(tokenizer, "p", ["xa", "b"], "")
+    assert got == (prompt, [x, a, b, *end], [0, 1, 2, 3])
+    got = common.encode_steps(tokenizer, "p", ["xa", "b"], "\n", close=[])
+    assert got == (prompt, [x, a, newline, b, newline], [2, 4])
+    got = common.encode_steps(tokenizer, "p", ["b"], "", close=[b, x])
+    assert got == (prompt, [b, b, x], [0, 1, 2])
+    for close in (None, [], [x]):  # nothing to read: the end of turn, and no step but its own
+        assert common.encode_steps(tokenizer, "p", [], "\n", close=close) == (prompt, end, [])
+        assert common.encode_steps(tokenizer, "p", [""], "", close=close)[1] == end
+
+
+# --- Log-probs and scores by plain loops ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 2048])  # each prompt in a pass of its own, and together
+def test_a_prompt_of_one_token_is_shared_like_others(tokens, monkeypatch):
+    """What of it comes before its last token is nothing at all."""
+    monkeypatch.setattr(common, "PASS_TOKENS", tokens)
+    tokenizer, model = make_tokenizer(chat=False), make_model("gpt2")
+    batch = common.encode(tokenizer, ["a", "a longer prompt"], [["b", "cde"], ["fg", "h"]])
+    with torch.no_grad():
+        logps = common.completion_logps(model, batch)
+        for row, (prompt, completion) in zip(logps, plain.unpadded(batch), strict=True):
+            want = plain.token_logps(model, prompt, completion)
+            assert torch.allclose(row[: len(want)], want, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_fixed_logps_at_a_temperature_equal_a_plain_loop(share, batch, llama, monkeypatch):
+    """In micro-batches of the size that is asked for, and with prompts shared or not."""
+    calls, real = [], common.completion_logps
+
+    def spy(model, part, temperature, share_prompts):
+        calls.append((len(part.prompt_of), share_prompts))
+        return real(model, part, temperature, share_prompts)
+
+    monkeypatch.setattr(common, "completion_logps", spy)
+    got = common.fixed_logps(llama, batch, 0.6, 4, share)
+    assert calls == [(4, share), (2, share)]
+    for row, (prompt, completion) in zip(got, plain.unpadded(batch), strict=True):
+        want = plain.token_logps(llama, prompt, completion, 0.6).detach()
+        assert torch.allclose(row[: len(want)], want, atol=1e-4)
+        assert (row[len(want) :] == 0).all()
+
+
+def scoring_model(auto_class, kind="llama", **settings):
+    """A model with a head of random weights that are not small."""
+    config = type(make_model(kind).config)(**make_model(kind).config.to_dict() | settings)
+    torch.manual_seed(2)
+    model = auto_class.from_config(config).eval()
+    head = model.score if hasattr(model, "score") else model.classifier
+    torch.nn.init.normal_(head.weight)
+    return model
+
+
+HEADS = {
+    "one label": (AutoModelForSequenceClassification, "llama", dict(num_labels=1)),
+    "a bias": (AutoModelForSequenceClassification, "llama", dict(num_labels=1, reward_bias=0.7)),
+    "three labels": (AutoModelForTokenClassification, "llama", dict(num_labels=3)),
+    "a classifier": (AutoModelForTokenClassification, "gpt2", dict(num_labels=2)),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("share", [True, False])
+def test_scores_equal_a_plain_loop(name, before, share, batch):
+    """The head at each completion token, or at the token before it, of heads of every kind."""
+    auto_class, kind, settings = HEADS[name]
+    model = scoring_model(auto_class, kind, **settings)
+    for part in (batch, batch.rows(torch.tensor([2, 4]))):  # of completions of two tokens, too
+        with torch.no_grad():
+            scores = common.completion_scores(model, part, share, before=before)
+            assert scores.shape == (*part.completion_ids.shape, settings["num_labels"])
+            for row, (prompt, completion) in zip(scores, plain.unpadded(part), strict=True):
+                want = plain.head_outputs(model, prompt, completion, before)
+                assert torch.allclose(row[: len(want)], want, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_scores_before_completions_of_one_token(share):
+    """No completion token is fed then; the value is that of the prompt's end."""
+    model = scoring_model(AutoModelForSequenceClassification, num_labels=1)
+    tokenizer = make_tokenizer(chat=False)
+    batch = common.encode(tokenizer, ["ab", "abcde"], [["", ""], ["", ""]])
+    with torch.no_grad():
+        scores = common.completion_scores(model, batch, share, before=True)
+        assert scores.shape == (4, 1, 1)
+        for row, (prompt, completion) in zip(scores, plain.unpadded(batch), strict=True):
+            want = plain.head_outputs(model, prompt, completion, before=True)
+            assert torch.allclose(row, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("pad_is_eos", [True, False])
+def test_last_scores_equal_a_plain_loop(pad_is_eos):
+    """The first label at the last token of each mask, whatever the pad id is."""
+    model = scoring_model(AutoModelForTokenClassification, num_labels=3, reward_bias=0.7)
+    tokenizer = make_tokenizer(pad_is_eos=pad_is_eos)
+    ended = [True, False, True, False, True, True]
+    batch = common.encode(tokenizer, PROMPTS, COMPLETIONS, ended=ended)
+    with torch.no_grad():
+        for share in (True, False):
+            got = common.last_scores(model, batch, share)
+            want = [plain.head_outputs(model, *row)[-1, 0] for row in plain.unpadded(batch)]
+            assert torch.allclose(got, torch.stack(want), atol=1e-4)
+
+
+def test_bfloat16_scores_have_a_float32_head(batch):
+    model = scoring_model(AutoModelForSequenceClassification, num_labels=1)
+    want = common.completion_scores(model, batch).detach()
+    model.autocast_dtype = torch.bfloat16
+    got = common.completion_scores(model, batch).detach()
+    got, want = got[batch.completion_mask], want[batch.completion_mask]
+    assert got.dtype == torch.float32 and 0 < (got - want).abs().max() < 1.0
+    assert (got != got.bfloat16().float()).any()
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_head_is_computed_where_it_is_read(share, batch, monkeypatch):
+    """A vocabulary of logits at each prompt token would take more memory than all else."""
+    model, seen = make_model("llama"), []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    length = batch.completion_ids.shape[1]
+    common.completion_logps(model, batch, share_prompts=share)
+    assert seen == ([1, length] if share else [length])
+
+
+def test_one_pass_where_prompts_are_not_shared(batch, llama, monkeypatch):
+    seen = []
+    hook = llama.model.embed_tokens.register_forward_pre_hook(
+        lambda _, inputs: seen.append(tuple(inputs[0].shape))
+    )
+    with torch.no_grad():
+        common.completion_logps(llama, batch, share_prompts=False)
+        common.fixed_logps(llama, batch, 1.0, 6, share_prompts=False)
+    hook.remove()
+    width = batch.prompt_ids.shape[1] + batch.completion_ids.shape[1] - 1
+    assert seen == [(6, width)] * 2
+
+
+def test_checkpointing_computes_layers_twice_and_shares_no_prompts(batch, tmp_path):
+    """Only where there is a gradient; else the model is in evaluation mode and shares."""
+    make_model("llama").save_pretrained(tmp_path)
+    cpu = torch.device("cpu")
+    model = common.load_model(AutoModelForCausalLM, tmp_path, cpu, checkpointing=True)
+    passes = []
+    norm = model.model.layers[0].input_layernorm
+    norm.register_forward_pre_hook(lambda *_: passes.append(model.training))
+    common.completion_logps(model, batch).sum().backward()
+    assert passes == [True, True]
+    passes.clear()
+    common.fixed_logps(model, batch, 1.0, 6)
+    assert passes == [False, False]  # prompts, then completions
+
+
+def test_states_that_cannot_be_repeated_are_refused(batch):
+    model = make_model("llama")
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(SystemExit, match="cannot be repeated"):
+        common.completion_logps(model, batch)
+
+
+# --- Generation by hand ---------------------------------------------------------------------------
+
+
+def test_ends_texts_and_the_last_allowed_token():
+    """The model ends whatever it reads at its tenth token: prompts of 3 to 8 tokens each end at
+    their own time, one at the very last allowed token; that one has ended, a longer one has not."""
+    tokenizer = make_tokenizer(chat=False)
+    letters = ids_of(tokenizer, "abcdefghijklmnopqrst")
+    said = letters.copy()
+    said[9] = tokenizer.eos_token_id
+    model = talking_model(said, len(tokenizer))
+    prompts = ["x" * n for n in (3, 6, 8, 5, 4)]
+    for limit, whole in ((8, True), (7, False)):
+        batch, texts, ended = common.generate(model, tokenizer, prompts, 2, limit, temperature=0)
+        got = [ids for _, ids in sequences(batch)]
+        want = []
+        for prompt in prompts:
+            want += [said[len(prompt) - 1 : 10][:limit]] * 2
+        assert got == want
+        assert ended.tolist() == [whole, whole] + [True] * 8
+        assert batch.prompt_of.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+        assert texts == [tokenizer.decode(ids, skip_special_tokens=True) for ids in want]
+        assert texts[4:6] == ["hi"] * 2 and batch.completion_ids.shape == (10, limit)
+        prompt_ids = [ids for ids, _ in sequences(batch)][::2]
+        assert prompt_ids == [ids_of(tokenizer, prompt) for prompt in prompts]
+    batch, _, ended = common.generate(model, tokenizer, ["xxxxxxxx"], 3, 8, temperature=0)
+    assert ended.all() and batch.completion_ids.shape == (3, 3)  # it is cut to the longest
+
+
+@pytest.mark.parametrize("end", ["<turn>", "<eos>", "z", "y", "<bos>"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_what_ends_a_completion(end, listed):
+    """The template's end of turn, which is not the EOS; the EOS; each id that the model's
+    generation_config names, in a list or alone; no other id."""
+    tokenizer = with_turns()
+    z, y = ids_of(tokenizer, "zy")
+    said = ids_of(tokenizer, "a" * 60)
+    prompt = len(ids_of(tokenizer, "<bos>[user]p<turn>\n[assistant]"))
+    said[prompt + 1] = ids_of(tokenizer, end)[0]
+    model = talking_model(said, len(tokenizer))
+    model.generation_config.eos_token_id = [z, y] if listed else y
+    ends = {"<turn>", "<eos>", "y"} | ({"z"} if listed else set())
+    batch, texts, ended = common.generate(model, tokenizer, ["p"], 1, 6, temperature=0)
+    assert ended.tolist() == [end in ends]
+    assert batch.completion_mask.sum().item() == (3 if end in ends else 6)
+    assert texts[0].startswith("aa") and "<" not in texts[0]
+
+
+def test_a_model_that_names_no_eos():
+    tokenizer = make_tokenizer(chat=False)
+    said = ids_of(tokenizer, "a" * 20)
+    said[5] = tokenizer.eos_token_id
+    model = talking_model(said, len(tokenizer), eos=None)
+    model.generation_config.eos_token_id = None
+    batch, texts, ended = common.generate(model, tokenizer, ["xxx"], 1, 9, temperature=0)
+    assert ended.tolist() == [True] and texts == ["aaa"]
+
+
+def test_the_word_at_id_zero_is_generated_like_others():
+    tokenizer = with_word_at_zero()
+    said = ids_of(tokenizer, "aaaaabaaaaaaaaaaaaaa")
+    assert said[0] == 0
+    said[8] = tokenizer.eos_token_id
+    model = talking_model(said, len(tokenizer))
+    batch, texts, ended = common.generate(model, tokenizer, ["a", "aaaa"], 1, 12, temperature=0)
+    assert texts == ["aaaaabaa", "aabaa"] and ended.all()
+    assert [ids for _, ids in sequences(batch)] == [said[:9], said[3:9]]
+    with torch.no_grad():
+        logps = common.completion_logps(model, batch)
+    assert (logps != 0).equal(batch.completion_mask)
+
+
+@pytest.mark.parametrize("kind", ["adds BOS", "adds EOS", "turns"])
+def test_prompts_are_generated_from_as_they_are_trained_on(kind):
+    """A prompt has the same ids in `generate` as in `encode`: one BOS at most, and no EOS last."""
+    tokenizer, (template, _) = TOKENIZERS[kind], BY_HAND[kind]
+    model = talking_model(ids_of(tokenizer, "a" * 60), len(tokenizer))
+    batch, _, _ = common.generate(model, tokenizer, ["pq", "r"], 1, 3, temperature=0)
+    got = [prompt for prompt, _ in sequences(batch)]
+    assert got == [ids_of(tokenizer, template.format(prompt)) for prompt in ("pq", "r")]
+    assert max(prompt.count(2) for prompt in got) <= 1
+
+
+def test_rows_are_dropped_when_a_quarter_has_ended():
+    """Of eight rows, one that ends stays in the batch, two do not; no gradient is kept, and only
+    the last token's logits are made."""
+    tokenizer = make_tokenizer(chat=False)
+    said = ids_of(tokenizer, "abcdefghijklmnopqrst")
+    said[10] = tokenizer.eos_token_id
+    model = talking_model(said, len(tokenizer))
+    rows, logits = [], []
+    model.transformer.wte.register_forward_pre_hook(lambda _, x: rows.append(tuple(x[0].shape)))
+    model.lm_head.register_forward_pre_hook(
+        lambda _, x: logits.append((x[0].shape[1], torch.is_grad_enabled()))
+    )
+    prompts = ["x" * n for n in (11, 10, 9, 9, 8, 8, 8, 8)]  # of each the 12th token ends it
+    common.generate(model, tokenizer, prompts, 1, 9, temperature=0)
+    assert rows == [(8, 11), (8, 1), (6, 1), (4, 1)]
+    assert set(logits) == {(1, False)}
+    rows.clear()
+    common.generate(model, tokenizer, prompts, 1, 2, temperature=0)
+    assert rows == [(8, 11), (8, 1)]  # the last token is not fed
+
+
+def test_broken_weights_are_said(tokenizer):
+    model = make_model("llama")
+    model.lm_head.weight.data[5, 5] = float("nan")
+    with pytest.raises(SystemExit, match="logits are nan"):
+        common.generate(model, tokenizer, ["p"], 1, 4)
+
+
+def nucleus(probs, share):
+    """The fewest of the likeliest ids that have this share, with their probabilities among them."""
+    order, total, chosen = probs.argsort(descending=True).tolist(), 0.0, {}
+    for i in order:
+        chosen[i] = probs[i].item()
+        total += chosen[i]
+        if total >= share:
+            break
+    return {i: p / total for i, p in chosen.items()}
+
+
+@pytest.mark.parametrize(
+    "temperature, top_k, top_p", [(0.5, 0, 0.9), (2.0, 0, 0.5), (2.0, 8, 0.7), (1.5, 5, 1.0)]
+)
+def test_temperature_then_top_k_then_top_p(tokenizer, llama, temperature, top_k, top_p):
+    """Each acts on what the one before has left, made to sum to one again."""
+    with torch.no_grad():
+        logits = llama(torch.tensor([common.encode_prompt(tokenizer, "p")])).logits[0, -1]
+    probs = (logits / temperature).softmax(-1)
+    if top_k:
+        kept = probs.argsort(descending=True)[:top_k]
+        probs = torch.zeros_like(probs).index_copy(0, kept, probs[kept] / probs[kept].sum())
+    want = nucleus(probs, min(top_p, 0.999999))
+    torch.manual_seed(0)
+    n = 3000
+    batch, _, _ = common.generate(llama, tokenizer, ["p"], n, 1, temperature, top_p, top_k)
+    counts = torch.bincount(batch.completion_ids[:, 0], minlength=259) / n
+    assert set(counts.nonzero()[:, 0].tolist()) <= set(want)
+    for i, p in want.items():
+        assert counts[i].item() == pytest.approx(p, abs=0.04)
+
+
+# --- KL and means by hand -------------------------------------------------------------------------
+
+
+def test_exact_kl_of_many_positions_and_in_float32():
+    """The last dimension is the vocabulary; logits of a coarse type do not make a coarse KL."""
+    one = torch.tensor([[0.0, 0.0], [0.0, math.log(3)]])
+    other = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])
+    want = [0.5 * math.log(2) + 0.5 * math.log(2 / 3), 0.25 * math.log(0.5) + 0.75 * math.log(1.5)]
+    assert common.exact_kl(one, other).tolist() == pytest.approx(want, rel=1e-5)
+    coarse, start = torch.randn(7, 50).bfloat16(), torch.randn(7, 50).bfloat16()
+    got = common.exact_kl(coarse, start)
+    assert got.dtype == torch.float32
+    assert torch.allclose(got, common.exact_kl(coarse.double(), start.double()), atol=1e-5)
+
+
+def test_kl_estimates_keep_their_shape_and_a_small_k3_its_digits():
+    logps, ref = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
+    assert common.kl_estimate(logps, ref, "k1").tolist() == [[0.5, -1.0]]
+    assert common.kl_estimate(logps, ref, "k2").tolist() == [[0.125, 0.5]]
+    want = [[math.exp(-0.5) - 1 + 0.5, math.e - 1 - 1]]
+    assert common.kl_estimate(logps, ref, "k3")[0].tolist() == pytest.approx(want[0], rel=1e-5)
+    near = torch.tensor([-1.0]), torch.tensor([-1.0 + 2.0**-12])
+    assert common.kl_estimate(*near, "k3").item() == pytest.approx(2.0**-25, rel=0.1)
+    with pytest.raises(KeyError):
+        common.kl_estimate(logps, ref, "k4")
+
+
+def test_masked_mean_of_rows_and_columns():
+    x = torch.tensor([[1.0, 2, 9], [4, 9, 9], [9, 9, 9]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    assert common.masked_mean(x, mask, 0).tolist() == [2.5, 2.0, 0.0]
+    assert common.masked_mean(x, mask, 1).tolist() == [1.5, 4.0, 0.0]
+    assert common.masked_mean(-x, mask).item() == pytest.approx(-7 / 3)

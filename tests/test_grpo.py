@@ -2,14 +2,26 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
+import observe
+import plain
+import policy_gradient
 import pytest
 import torch
 from conftest import ROOT, other_weights
 
+import common
 import grpo
+
+pytestmark = pytest.mark.filterwarnings("ignore:over 20")
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    monkeypatch.setattr(grpo.Run, "_plot", lambda self: None)
 
 
 def tiny_args(tmp_path, **changes):
@@ -27,6 +39,16 @@ def tiny_args(tmp_path, **changes):
         device="cpu",
     )
     return grpo.Args(**values | changes)
+
+
+def quick_args(tmp_path, tiny, **changes):
+    """The same with a random model, and a reward of more than two values."""
+    (tmp_path / "kinds.py").write_text(
+        "def f(p, c, r):\n    return [float(len(set(text))) for text in c]"
+    )
+    few = policy_gradient.write_rows(tmp_path / "few.jsonl", policy_gradient.problems(12, 100))
+    quick = dict(model=tiny, dataset=few, max_new_tokens=14, reward=f"{tmp_path}/kinds.py:f")
+    return tiny_args(tmp_path, **quick | changes)
 
 
 def metrics_of(args):
@@ -188,62 +210,86 @@ def test_step_ends():
     assert grpo.step_ends([""], "\n") == []
 
 
+class LettersAtZero:
+    """A tokenizer whose id 0, which stands in the padding, is a letter."""
+
+    def batch_decode(self, rows, skip_special_tokens):
+        assert skip_special_tokens
+        return ["".join("a\n"[token] for token in row) for row in rows]
+
+
+def test_padding_is_no_step():
+    ids = torch.tensor([[0, 0, 1, 0], [0, 1, 0, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    prompts = torch.zeros(2, 1, dtype=torch.long)
+    batch = common.Batch(prompts, prompts == 0, ids, mask, torch.tensor([0, 1]))
+    rewards, ends = grpo.process_rewards([[0.5, 2.0], [3.0]], batch, LettersAtZero(), "\n")
+    assert rewards.tolist() == [[0.5, 2.0], [3.0, 0.0]] and ends.tolist() == [[2, 3], [1, -1]]
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_lr_0_keeps_ratio_1_and_kl_0(tmp_path, temperature):
-    args = tiny_args(tmp_path, learning_rate=0.0, num_epochs=2, num_minibatches=2,
+def test_lr_0_keeps_ratio_1_and_kl_0(tmp_path, tiny, temperature):
+    args = quick_args(tmp_path, tiny, learning_rate=0.0, num_epochs=2, num_minibatches=2,
                      temperature=temperature)  # fmt: skip
     for row in run(args)[0]:
         assert abs(row["kl"]) < 1e-4 and abs(row["kl_per_token"]) < 1e-5
         assert row["clip_frac"] == 0 and abs(row["approx_kl"]) < 1e-8
-    args = tiny_args(tmp_path / "b", learning_rate=0.0)
-    assert all(abs(row["kl"]) < 1e-4 and row["clip_frac"] == 0 for row in run(args)[0])
+    args.output_dir = str(tmp_path / "b")
+    args.num_epochs = args.num_minibatches = 1
+    rows, _ = run(args)
+    assert all(abs(row["kl"]) < 1e-4 and row["clip_frac"] == 0 for row in rows)
+    assert all(row["grad_norm"] > 0 for row in rows)
 
 
-def test_bfloat16_trains(tmp_path):
+def test_bfloat16_trains(tmp_path, tiny):
     """What cuda takes by default. Policy and reference compute alike: a KL of 0, a ratio of 1."""
     changes = dict(dtype="bfloat16", num_epochs=2, num_minibatches=2)
-    for row in run(tiny_args(tmp_path / "a", learning_rate=0.0, **changes))[0]:
+    still = quick_args(tmp_path, tiny, learning_rate=0.0, **changes)
+    for row in run(still)[0]:
         assert abs(row["kl"]) < 0.02 and row["clip_frac"] == 0 and row["approx_kl"] < 1e-4
-    rows, weights = run(tiny_args(tmp_path / "b", **changes))
+    changes |= dict(output_dir=str(tmp_path / "b"))
+    rows, weights = run(quick_args(tmp_path, tiny, **changes))
     assert rows[-1]["approx_kl"] > 0 and rows[0]["grad_norm"] > 0
     assert {x.dtype for x in weights.values()} == {torch.float32}
 
 
-def test_later_minibatches_have_another_ratio(tmp_path):
-    args = tiny_args(tmp_path, num_epochs=2, num_minibatches=2, learning_rate=1e-3, num_steps=1)
+def test_later_minibatches_have_another_ratio(tmp_path, tiny):
+    changes = dict(num_epochs=2, num_minibatches=2, learning_rate=1e-3, num_steps=1)
+    args = quick_args(tmp_path, tiny, **changes)
     assert run(args)[0][0]["approx_kl"] > 1e-5
 
 
-def test_one_gradient_step_computes_no_old_logps(tmp_path, monkeypatch):
+def test_one_gradient_step_computes_no_old_logps(tmp_path, tiny, monkeypatch):
     calls = []
     fixed = grpo.fixed_logps
     monkeypatch.setattr(grpo, "fixed_logps", lambda *a: calls.append(1) or fixed(*a))
-    run(tiny_args(tmp_path, num_steps=1))
+    run(quick_args(tmp_path, tiny, num_steps=1))
     assert len(calls) == 1  # the reference
-    run(tiny_args(tmp_path / "b", num_steps=1, beta=0.0))
+    same = dict(num_steps=1, overwrite=True)
+    run(quick_args(tmp_path, tiny, beta=0.0, **same))
     assert len(calls) == 1
-    run(tiny_args(tmp_path / "c", num_steps=1, num_epochs=2))
+    run(quick_args(tmp_path, tiny, num_epochs=2, **same))
     assert len(calls) == 3
 
 
-def test_beta_0_loads_no_reference(tmp_path, monkeypatch):
+def test_beta_0_loads_no_reference(tmp_path, tiny, monkeypatch):
     loads = []
     load = grpo.load_model
     monkeypatch.setattr(grpo, "load_model", lambda *a: loads.append(1) or load(*a))
-    rows, _ = run(tiny_args(tmp_path, num_steps=1, beta=0.0))
+    rows, _ = run(quick_args(tmp_path, tiny, num_steps=1, beta=0.0))
     assert len(loads) == 1 and "kl" not in rows[0]
 
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
-def test_micro_batches_change_nothing(tmp_path, aggregate):
+def test_micro_batches_change_nothing(tmp_path, tiny, aggregate):
     got = []
     for size in (16, 3, 1):
-        args = tiny_args(
-            tmp_path / str(size), micro_batch_size=size, num_steps=1, aggregate=aggregate,
-            beta=0.1, learning_rate=0.0,
+        args = quick_args(
+            tmp_path, tiny, output_dir=str(tmp_path / str(size)), micro_batch_size=size,
+            num_steps=1, aggregate=aggregate, beta=0.1, learning_rate=0.0,
         )  # fmt: skip
         got.append(run(args)[0][0])
     assert got[0]["grad_norm"] > 0
@@ -252,10 +298,13 @@ def test_micro_batches_change_nothing(tmp_path, aggregate):
             assert row[name] == pytest.approx(got[0][name], rel=1e-3, abs=1e-5), name
 
 
-def test_plain_prompts_train_alike(tmp_path):
-    rows = [
-        run(tiny_args(tmp_path / str(s), share_prompts=s, num_steps=1))[0][0] for s in (True, False)
-    ]
+def test_plain_prompts_train_alike(tmp_path, tiny):
+    rows = []
+    for share in (True, False):
+        folder = str(tmp_path / str(share))
+        args = quick_args(tmp_path, tiny, share_prompts=share, num_steps=1, output_dir=folder)
+        rows.append(run(args)[0][0])
+    assert rows[0]["grad_norm"] > 0
     assert rows[0]["grad_norm"] == pytest.approx(rows[1]["grad_norm"], rel=1e-3)
 
 
@@ -263,12 +312,11 @@ def test_plain_prompts_train_alike(tmp_path):
 def test_the_gradient_is_that_of_the_textbook(tmp_path, monkeypatch, beta, size):
     """One step of main from the first weights, beside a plain loop over single sequences; with a
     reference that differs from the policy."""
-    from safetensors.torch import load_file
-
     loaded = other_weights(grpo, monkeypatch)
     args = tiny_args(tmp_path, num_steps=1, beta=beta, max_grad_norm=1e-30, learning_rate=0.0,
                      micro_batch_size=size)  # fmt: skip
-    row = run(args)[0][0]
+    rows, weights = run(args)
+    row = rows[0]
     norm, ref = row["grad_norm"], loaded[-1]
     monkeypatch.undo()
     torch.manual_seed(args.seed)
@@ -304,38 +352,42 @@ def test_the_gradient_is_that_of_the_textbook(tmp_path, monkeypatch, beta, size)
     assert norm == pytest.approx(want, rel=1e-3) and norm > 0
     assert row["loss"] == pytest.approx(penalty - advantages, rel=1e-3, abs=1e-5)
     assert (penalty > 0.01) == (beta > 0)
-    assert load_file(f"{args.output_dir}/final/model.safetensors")
+    start = dict(policy.named_parameters())
+    assert all(torch.equal(weight, start[name]) for name, weight in weights.items())  # no rate
 
 
-def test_equal_rewards_move_nothing(tmp_path):
+def test_equal_rewards_move_nothing(tmp_path, tiny):
     path = tmp_path / "flat.py"
     path.write_text("def f(prompts, completions, rows):\n    return [0.3] * len(prompts)")
-    rows, weights = run(tiny_args(tmp_path, reward=f"{path}:f", beta=0.0, num_steps=2))
-    start = grpo.load_model(grpo.AutoModelForCausalLM, ROOT / "toy/model", torch.device("cpu"))
+    changes = dict(reward=f"{path}:f", beta=0.0, num_steps=2)
+    rows, weights = run(quick_args(tmp_path, tiny, **changes))
+    start = grpo.load_model(grpo.AutoModelForCausalLM, tiny, torch.device("cpu"))
     assert all(row["no_signal"] == 1 and row["grad_norm"] == 0 for row in rows)
     assert all(torch.equal(weights[n], p) for n, p in start.named_parameters() if n in weights)
     assert "gold_reward" in rows[0]
 
 
-def test_answers_that_are_no_numbers_give_no_gold_reward(tmp_path):
+def test_answers_that_are_no_numbers_give_no_gold_reward(tmp_path, tiny):
     """Only a verifier that trains must be able to read them."""
     rows = [{"prompt": f"{i}+1", "answer": "Paris"} for i in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "one.py").write_text("def f(p, c, r):\n    return [float(len(x)) for x in c]")
-    rows, _ = run(tiny_args(tmp_path, dataset=str(tmp_path / "rows.jsonl"), num_steps=1,
-                            reward=f"{tmp_path}/one.py:f"))  # fmt: skip
+    rows, _ = run(quick_args(tmp_path, tiny, dataset=str(tmp_path / "rows.jsonl"), num_steps=1,
+                             reward=f"{tmp_path}/one.py:f"))  # fmt: skip
     assert "gold_reward" not in rows[0] and rows[0]["reward"] > 0
 
 
-@pytest.mark.filterwarnings("ignore:over 20")
-def test_the_penalty_of_completions_that_were_cut_off(tmp_path):
-    """Some end within 34 tokens. The reward is told which; with the penalty it is not heard."""
+def test_the_penalty_of_completions_that_were_cut_off(tmp_path, tiny):
+    """Some end within 14 tokens. The reward is told which; with the penalty it is not heard."""
     (tmp_path / "told.py").write_text(
         "def f(p, c, rows):\n    return [float(row['ended']) for row in rows]"
     )
-    same = dict(num_steps=1, max_new_tokens=34, reward=f"{tmp_path}/told.py:f", learning_rate=0.0)
-    rows = [run(tiny_args(tmp_path / str(p), missing_eos_penalty=p, **same))[0][0]
-            for p in (None, 2.0)]  # fmt: skip
+    same = dict(num_steps=1, reward=f"{tmp_path}/told.py:f", learning_rate=0.0)
+    rows = []
+    for penalty in (None, 2.0):
+        folder = str(tmp_path / str(penalty))
+        args = quick_args(tmp_path, tiny, missing_eos_penalty=penalty, output_dir=folder, **same)
+        rows.append(run(args)[0][0])
     ended = rows[0]["ended"]
     assert 0 < ended < 1 and rows[1]["ended"] == ended
     assert rows[0]["reward"] == pytest.approx(ended)
@@ -354,10 +406,523 @@ def test_each_completion_is_scored_with_its_own_row(tmp_path):
     assert rows[0]["reward"] > 0.9  # each solution begins with its own prompt's last digit
 
 
+# --- A recorded run beside a plain loop -----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+    """Runs of grpo with the random model; runs(**changes) -> what one did."""
+    return policy_gradient.Runs(
+        grpo, tmp_path_factory.mktemp("grpo"), tiny, dict(num_epochs=1, num_minibatches=1),
+        num_epochs=2, num_minibatches=2, beta=0.1,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(runs):
+    return runs()
+
+
+def plain_outcome_advantages(args, group):
+    """(r - mean) / (std + 1e-4) of the completions of one prompt; 0 where all are equal."""
+    values = [row.value for row in group]
+    centre = sum(values) / len(values)
+    std = (sum((v - centre) ** 2 for v in values) / (len(values) - 1)) ** 0.5
+    for row in group:
+        advantage = row.value - centre
+        if args.scale_by_std:
+            advantage /= std + 1e-4
+        if len(set(values)) == 1:
+            advantage = 0.0
+        row.advantages = torch.full((len(row.completion),), advantage)
+
+
+def plain_step_ends(row, separator, tokenizer):
+    """The token with which each step that is not blank ends; the last one: the last token."""
+    ends = []
+    text = ""
+    for t, token in enumerate(row.completion):
+        text += tokenizer.decode([token], skip_special_tokens=True)
+        if text.endswith(separator):
+            if text[: -len(separator)].strip():
+                ends.append(t)
+            text = ""
+    if text.strip():
+        ends.append(len(row.completion) - 1)
+    return ends
+
+
+def plain_process_advantages(args, group, tokenizer):
+    """DeepSeekMath 4.1.3 of one prompt's completions: the sum over steps that end later."""
+    values = sum([row.value for row in group], [])
+    centre = sum(values) / max(1, len(values))
+    std = (sum((v - centre) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
+    scale = 1.0
+    if args.scale_by_std:
+        scale = 1 / (std + 1e-4)
+    if len(set(values)) < 2:
+        scale = 0.0
+    for row in group:
+        ends = plain_step_ends(row, args.step_separator, tokenizer)
+        row.advantages = torch.zeros(len(row.completion))
+        for end, value in zip(ends, row.value, strict=True):
+            row.advantages[: end + 1] += (value - centre) * scale
+
+
+def set_advantages(args, rows):
+    tokenizer = grpo.load_tokenizer(args.model)
+    for number in {row.group for row in rows}:
+        group = [row for row in rows if row.group == number]
+        if args.supervision == "outcome":
+            plain_outcome_advantages(args, group)
+        else:
+            plain_process_advantages(args, group, tokenizer)
+
+
+def sizes_of_minibatches(groups, number):
+    """How many groups each has: as equal as can be, the first ones larger."""
+    return [groups // number + (i < groups % number) for i in range(number)]
+
+
+def groups_of_updates(seen, steps):
+    """The groups of each gradient step, from what went through the policy. They are whole: each
+    completion of a group once, with its own prompt. steps: a list of Rows for each."""
+    left = []
+    for batch in seen.arguments("completion_logps", "batch"):
+        left += [plain.unpadded(batch)]
+        assert len(left[-1]) <= seen.args.micro_batch_size
+    updates = []
+    for rows in steps:
+        number = {tuple(row.prompt): row.group for row in rows}
+        sizes = sizes_of_minibatches(len(number), seen.args.num_minibatches)
+        for size in sizes * seen.args.num_epochs:
+            forwarded = []
+            while len(forwarded) < size * seen.args.num_generations:
+                forwarded += left.pop(0)
+            groups = {number[tuple(prompt)] for prompt, _ in forwarded}
+            wanted = [(row.prompt, row.completion) for row in rows if row.group in groups]
+            assert sorted(forwarded) == sorted(wanted) and len(groups) == size
+            updates.append(groups)
+    assert left == []
+    return updates
+
+
+def kl_of(kind, logps, ref):
+    """k1, k2, k3 of KL(pi || ref), from log-probs of a row's tokens."""
+    if kind == "k1":
+        return logps - ref
+    if kind == "k2":
+        return (logps - ref) ** 2 / 2
+    return (ref - logps).exp() - 1 - (ref - logps)
+
+
+def weight_of(args, row, rows):
+    """What each token of a row counts for in a minibatch of these rows."""
+    if args.aggregate == "sequence":
+        return 1 / len(row.completion) / len(rows)
+    if args.aggregate == "token":
+        return 1 / sum(len(other.completion) for other in rows)
+    return 1 / args.max_new_tokens / len(rows)
+
+
+def plain_minibatch(args, policy, rows):
+    """-> loss, tokens at which the clip is active, and the sum of k3 of KL(old || new)."""
+    loss = 0.0
+    clipped = 0
+    moved = 0.0
+    high = args.clip_eps_high or args.clip_eps
+    for row in rows:
+        logps = plain.token_logps(policy, row.prompt, row.completion, args.temperature)
+        ratio = (logps - row.old).exp()
+        free = -ratio * row.advantages
+        bound = -ratio.clamp(1 - args.clip_eps, 1 + high) * row.advantages
+        tokens = torch.where(bound > free, bound, free)
+        if args.beta:
+            tokens = tokens + args.beta * kl_of(args.kl, logps, row.ref)
+        loss = loss + tokens.sum() * weight_of(args, row, rows)
+        clipped += (bound > free).sum().item()
+        difference = (logps - row.old).detach()
+        moved += (difference.exp() - 1 - difference).sum().item()
+    return loss, clipped, moved
+
+
+def plain_step(args, trainer, rows, updates):
+    """The gradient steps on one step's completions -> what is logged of them."""
+    losses = []
+    norms = []
+    clipped = 0
+    moved = 0.0
+    for groups in updates:
+        chosen = [row for row in rows if row.group in groups]
+        loss, active, difference = plain_minibatch(args, trainer.model, chosen)
+        norms.append(trainer.step(loss))
+        losses.append(loss.item())
+        clipped += active
+        moved += difference
+    tokens = args.num_epochs * sum(len(row.completion) for row in rows)
+    return {
+        "loss": sum(losses) / len(losses), "grad_norm": max(norms), "lr": trainer.rates[-1],
+        "clip_frac": clipped / tokens, "approx_kl": moved / tokens,
+    }  # fmt: skip
+
+
+def plain_run(seen):
+    """Train on a recorded run's completions -> metrics of each step, rows of each, the trainer."""
+    args = seen.args
+    calls = policy_gradient.calls_of(seen)
+    steps = []
+    for step in range(1, args.num_steps + 1):
+        rows = policy_gradient.rows_of_step(seen, step, calls["train", step])
+        set_advantages(args, rows)
+        steps.append(rows)
+    updates = groups_of_updates(seen, steps)
+    each = args.num_epochs * args.num_minibatches
+    assert len(updates) == each * args.num_steps
+    trainer = policy_gradient.Trainer(seen)
+    metrics = []
+    for i, rows in enumerate(steps):
+        policy_gradient.set_fixed(args, rows, trainer.model, seen.reference)
+        wanted = plain_step(args, trainer, rows, updates[i * each : (i + 1) * each])
+        groups = {row.group for row in rows}
+        silent = set(groups)
+        for row in rows:
+            if row.advantages.abs().max() > 0:
+                silent.discard(row.group)
+        wanted["no_signal"] = len(silent) / len(groups)
+        metrics.append(wanted | policy_gradient.shared_metrics(args, rows))
+    return metrics, steps, trainer
+
+
+def by_hand(seen):
+    """Everything that a run logged and did is a plain loop's."""
+    metrics, steps, trainer = plain_run(seen)
+    for row, wanted in zip(seen.steps, metrics, strict=True):
+        policy_gradient.same_metrics(row, wanted)
+    policy_gradient.same_training(seen, trainer)
+    policy_gradient.check_samples(seen, steps)
+    return metrics
+
+
+HARD = dict(clip_eps=0.03, clip_eps_high=0.06, num_prompts=5, num_steps=2)
+CASES = {
+    "sequence, k3": HARD | dict(lr_schedule="linear", eval_every=1),
+    "token, k2, no std": HARD
+    | dict(aggregate="token", kl="k2", scale_by_std=False, temperature=0.7, max_grad_norm=0.5),
+    "constant, k1": HARD | dict(aggregate="constant", kl="k1", beta=0.5, missing_eos_penalty=1.5),
+    "process": HARD | dict(supervision="process", num_generations=4, num_minibatches=1),
+    "process, no std": HARD | dict(supervision="process", scale_by_std=False, num_epochs=1),
+    "one update": dict(num_epochs=1, num_minibatches=1, temperature=1.3, lr_schedule="cosine"),
+    "no reference": HARD | dict(beta=0.0, num_epochs=3, clip_eps_high=0.0),
+}
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
+def case(request, runs):
+    """A run, and what a plain loop over single rows, with an AdamW of its own, makes of it."""
+    changes = dict(request.param)
+    if changes.get("supervision") == "process":
+        changes["reward"] = runs.values["reward"].replace("mixed", "lines")
+    seen = runs(**changes)
+    return seen, *plain_run(seen)
+
+
+def test_every_metric_is_a_plain_loops(case):
+    seen, metrics, _, _ = case
+    for row, wanted in zip(seen.steps, metrics, strict=True):
+        policy_gradient.same_metrics(row, wanted)
+    assert any(0 < row["no_signal"] < 1 for row in seen.steps)
+    assert 0 < seen.steps[0]["ended"] < 1
+    if len(seen.updates) > 3:
+        assert seen.steps[0]["clip_frac"] > 0.02 and seen.steps[0]["approx_kl"] > 1e-4
+
+
+def test_every_update_is_a_plain_loops(case):
+    seen, _, _, trainer = case
+    policy_gradient.same_training(seen, trainer)
+
+
+def test_evaluations_and_samples_are_a_plain_loops(case):
+    seen, _, steps, _ = case
+    policy_gradient.check_evaluations(seen, policy_gradient.calls_of(seen))
+    policy_gradient.check_samples(seen, steps)
+
+
+def test_a_level_group_among_others_has_a_member_without_advantage(base):
+    """Rewards 0, 1, 2: the middle one has no advantage, the group has a signal."""
+    _, steps, _ = plain_run(base)
+    middle = [row for rows in steps for row in rows if row.row["kind"] == "levels"]
+    assert {row.value for row in middle} == {0.0, 1.0, 2.0}
+    for row in middle:
+        assert (row.advantages == 0).all() == (row.value == 1.0)
+
+
+def test_minibatches_are_shuffled_and_cover_each_epoch(runs):
+    seen = runs(num_prompts=7, num_minibatches=3, num_steps=3)
+    _, steps, _ = plain_run(seen)
+    updates = groups_of_updates(seen, steps)
+    epochs = [updates[i : i + 3] for i in range(0, len(updates), 3)]
+    assert all(set.union(*epoch) == set(range(7)) for epoch in epochs)
+    orders = {str([sorted(groups) for groups in epoch]) for epoch in epochs}
+    assert len(orders) > 4 and str([[0, 1, 2], [3, 4], [5, 6]]) not in orders
+
+
+def test_the_reference_stays_and_the_last_policy_is_saved(base, tiny):
+    start = grpo.load_model(grpo.AutoModelForCausalLM, tiny, torch.device("cpu"))
+    assert torch.equal(base.updates[0].weights, observe.flat(start.parameters()))
+    policy, reference = base.results("load_model")
+    assert torch.equal(observe.flat(policy.parameters()), policy_gradient.end_weights(base))
+    other_start = grpo.load_model(grpo.AutoModelForCausalLM, tiny, torch.device("cpu"))
+    noise = torch.Generator().manual_seed(7)
+    for p in other_start.parameters():
+        p.data += 0.03 * torch.randn(p.shape, generator=noise)
+    assert torch.equal(observe.flat(reference.parameters()), observe.flat(other_start.parameters()))
+    saved = grpo.load_model(grpo.AutoModelForCausalLM, base.folder / "final", torch.device("cpu"))
+    assert torch.equal(observe.flat(saved.parameters()), policy_gradient.end_weights(base))
+    assert grpo.load_tokenizer(base.folder / "final").chat_template
+
+
+def test_speed_is_that_of_each_step(runs):
+    policy_gradient.check_speed(runs)
+
+
+def test_gold_reward_beside_a_reward_of_the_opposite(runs, base, tmp_path):
+    policy_gradient.check_gold(runs, base, tmp_path)
+
+
+def test_what_is_shown_while_it_runs(runs, capsys):
+    runs(num_steps=1)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("step 0/1  eval_reward ")
+    assert re.match(r"step 1/1  reward \S+  kl \S+  completion_length \S+$", out[1])
+    assert out[2].startswith("step 1/1  eval_reward ")
+
+
+# --- Resuming -------------------------------------------------------------------------------------
+
+SCHEDULE = dict(lr_schedule="linear", num_steps=4, eval_every=2)
+
+
+@pytest.fixture(scope="module")
+def unbroken(runs):
+    return runs(**SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def killed(runs, tmp_path_factory):
+    return policy_gradient.Killed(runs, tmp_path_factory.mktemp("killed"), **SCHEDULE)
+
+
+def test_a_resumed_run_is_the_unbroken_one(killed, unbroken):
+    got = killed.resume()
+    assert policy_gradient.same_run(got, unbroken)
+    assert [u.lr for u in got.updates] == [u.lr for u in unbroken.updates[8:]]
+    assert [row["step"] for row in got.evals] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("part", ["policy", "optimizer", "scheduler", "torch", "random"])
+def test_every_part_of_the_checkpoint_is_needed(killed, unbroken, part):
+    """With one part as it was a step before, the resumed run is another one."""
+    assert not policy_gradient.same_run(killed.resume(part), unbroken)
+
+
+# --- Flags ----------------------------------------------------------------------------------------
+
+
+def flag_missing_eos_penalty(run, base, folder):
+    """Minus this is the reward of what was cut off, whatever the reward says; not in evaluation."""
+    got = run(missing_eos_penalty=3.0, num_steps=1)
+    by_hand(got)
+    call = policy_gradient.calls_of(got)["train", 1]
+    heard = []
+    for value, row in zip(call["values"], call["rows"], strict=True):
+        if not row["ended"]:
+            value = -3.0
+        heard.append(value)
+    assert 0 < heard.count(-3.0) < len(heard)
+    assert got.steps[0]["reward"] == pytest.approx(policy_gradient.mean(heard), rel=1e-5)
+    assert got.evals[0] | {"seconds": 0} == base.evals[0] | {"seconds": 0}
+    process = dict(supervision="process", missing_eos_penalty=1.0)
+    observe.refused(run, "--missing-eos-penalty", "process", **process)
+    zero = run(missing_eos_penalty=0.0, num_steps=1)
+    assert by_hand(zero)[0]["reward"] != pytest.approx(base.steps[0]["reward"])
+
+
+def flag_supervision(run, base, folder):
+    """process: step rewards, and a list is what the reward must give; outcome: a number."""
+    reward = base.args.reward.replace("mixed", "lines")
+    by_hand(run(supervision="process", reward=reward, num_steps=1))
+    observe.refused(run, "needs one number", reward=reward)
+    observe.refused(run, "needs a list", supervision="process")
+
+
+def flag_step_separator(run, base, folder):
+    """What ends a step; a backslash and an n from a shell is a newline."""
+    summands = base.args.reward.replace("mixed", "summands")
+    process = dict(supervision="process", num_steps=1, reward=summands)
+    by_hand(run(step_separator="+", **process))
+    lines = process | dict(reward=base.args.reward.replace("mixed", "lines"))
+    shell = run(step_separator="\\n", **lines)
+    assert shell.untimed() == run(**lines).untimed()
+    observe.refused(run, "--step-separator", "numbers for the", **process)
+
+
+def flag_temperature(run, base, folder):
+    """Of sampling and of the log-probs of policy and reference."""
+    got = run(temperature=0.5, num_steps=1)
+    assert set(got.arguments("generate", "temperature")) == {0.5}
+    told = got.arguments("completion_logps", "temperature")
+    assert set(told + got.arguments("fixed_logps", "temperature")) == {0.5}
+    by_hand(got)
+    observe.refused(run, "--temperature 0", "sampled", temperature=0.0)
+
+
+def flag_num_epochs(run, base, folder):
+    got = run(num_epochs=3, num_steps=1)
+    by_hand(got)
+    assert len(got.updates) == 6 and len(base.updates) == 12
+
+
+def flag_num_minibatches(run, base, folder):
+    got = run(num_minibatches=3, num_steps=1)
+    by_hand(got)
+    assert len(got.updates) == 6
+    observe.refused(run, "--num-minibatches 5", "groups", num_minibatches=5)
+    few = policy_gradient.write_rows(folder / "few.jsonl", policy_gradient.problems(2, 100))
+    observe.refused(run, "--num-minibatches 3", dataset=few, num_minibatches=3)
+    run(dataset=few, num_minibatches=2, num_steps=1)
+
+
+def other_than(base, got, *names):
+    """These metrics of the first step differ from the base run's; what was sampled does not."""
+    assert got.steps[0]["reward"] == base.steps[0]["reward"]
+    for name in names:
+        assert got.steps[0][name] != pytest.approx(base.steps[0][name], rel=1e-3, abs=1e-6), name
+
+
+def flag_clip_eps(run, base, folder):
+    """A narrow one is active more often; it is the upper bound's too."""
+    got = run(clip_eps=0.01, num_steps=1)
+    other_than(base, got, "clip_frac", "loss")
+    metrics = by_hand(got)
+    assert metrics[0]["clip_frac"] > base.steps[0]["clip_frac"]
+    both = run(clip_eps=0.01, clip_eps_high=0.01, num_steps=1)
+    assert both.untimed() == got.untimed()
+
+
+def flag_clip_eps_high(run, base, folder):
+    got = run(clip_eps_high=0.01, num_steps=1)
+    other_than(base, got, "clip_frac", "loss")
+    by_hand(got)
+
+
+def flag_beta(run, base, folder):
+    """Weight of the KL in the loss; with 0 no reference is loaded."""
+    got = run(beta=2.0, num_steps=1)
+    other_than(base, got, "loss", "grad_norm")
+    by_hand(got)
+    none = run(beta=0.0, num_steps=1)
+    by_hand(none)
+    assert len(none.results("load_model")) == 1 and "kl" not in none.steps[0]
+
+
+def flag_kl(run, base, folder):
+    for kind in ("k1", "k2"):
+        got = run(kl=kind, beta=1.0, num_steps=1)
+        by_hand(got)
+        other_than(base, got, "loss")
+    default = run(kl="k3", num_steps=1)
+    assert default.steps[0]["loss"] == base.steps[0]["loss"]
+
+
+def flag_scale_by_std(run, base, folder):
+    got = run(scale_by_std=False, num_steps=1)
+    other_than(base, got, "loss", "grad_norm")
+    by_hand(got)
+
+
+def flag_aggregate(run, base, folder):
+    for aggregate in ("token", "constant"):
+        got = run(aggregate=aggregate, num_steps=1)
+        other_than(base, got, "loss", "grad_norm")
+        by_hand(got)
+    by_hand(base)
+
+
+FLAGS = {
+    "model": policy_gradient.flag_model,
+    "dataset": policy_gradient.flag_dataset,
+    "eval_dataset": policy_gradient.flag_eval_dataset,
+    "output_dir": observe.flag_output_dir,
+    "resume": policy_gradient.flag_resume,
+    "overwrite": observe.flag_overwrite,
+    "seed": policy_gradient.flag_seed,
+    "device": observe.flag_device,
+    "dtype": observe.flag_dtype,
+    "gradient_checkpointing": observe.flag_gradient_checkpointing,
+    "share_prompts": observe.flag_share_prompts,
+    "reward": policy_gradient.flag_reward,
+    "reward_model": policy_gradient.flag_reward_model,
+    "missing_eos_penalty": flag_missing_eos_penalty,
+    "supervision": flag_supervision,
+    "step_separator": flag_step_separator,
+    "num_steps": policy_gradient.flag_num_steps,
+    "num_prompts": policy_gradient.flag_num_prompts,
+    "num_generations": policy_gradient.flag_num_generations,
+    "max_new_tokens": policy_gradient.flag_max_new_tokens,
+    "temperature": flag_temperature,
+    "num_epochs": flag_num_epochs,
+    "num_minibatches": flag_num_minibatches,
+    "micro_batch_size": policy_gradient.flag_micro_batch_size,
+    "learning_rate": observe.flag_learning_rate,
+    "lr_schedule": policy_gradient.flag_lr_schedule,
+    "max_grad_norm": observe.flag_max_grad_norm,
+    "clip_eps": flag_clip_eps,
+    "clip_eps_high": flag_clip_eps_high,
+    "beta": flag_beta,
+    "kl": flag_kl,
+    "scale_by_std": flag_scale_by_std,
+    "aggregate": flag_aggregate,
+    "eval_size": policy_gradient.flag_eval_size,
+    "eval_every": observe.flag_eval_every,
+    "checkpoint_every": observe.flag_checkpoint_every,
+    "log_samples": policy_gradient.flag_log_samples,
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flag(flag, runs, base, tmp_path):
+    """Every flag does what its help says."""
+    FLAGS[flag](runs, base, tmp_path)
+
+
+def test_no_flag_is_without_a_check():
+    observe.has_every_flag(grpo, FLAGS)
+
+
+def test_defaults():
+    """Those of DeepSeekMath where the help says so, and what a machine at home can bear."""
+    policy_gradient.the_same_defaults(
+        grpo,
+        dict(
+            eval_dataset="", output_dir="runs/grpo", resume=False, overwrite=False, seed=0,
+            device="auto", dtype="auto", gradient_checkpointing=False, share_prompts=True,
+            reward="verifier", reward_model="", missing_eos_penalty=None, supervision="outcome",
+            step_separator="\n", num_steps=200, num_prompts=16, num_generations=8,
+            max_new_tokens=256, temperature=1.0, num_epochs=1, num_minibatches=1,
+            micro_batch_size=8, learning_rate=1e-6, lr_schedule="constant", max_grad_norm=1.0,
+            clip_eps=0.2, clip_eps_high=0.0, beta=0.04, kl="k3", scale_by_std=True,
+            aggregate="sequence", eval_size=64, eval_every=50, checkpoint_every=50, log_samples=4,
+        ),
+    )  # fmt: skip
+
+
+# --- Learning -------------------------------------------------------------------------------------
+
+
 def test_learning_as_a_user_would(tmp_path):
     """`python grpo.py`, fewer steps; greedy accuracy starts below 0.65."""
     command = [sys.executable, ROOT / "grpo.py", "--output-dir", tmp_path / "run"]
-    command += ["--num-steps", "25", "--eval-every", "25", "--eval-size", "200"]
+    command += ["--num-steps", "12", "--eval-every", "12", "--eval-size", "100"]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     with open(tmp_path / "run/metrics.jsonl") as f:
@@ -376,7 +941,7 @@ def test_learning_as_a_user_would(tmp_path):
 
 def test_process_supervision_learns(tmp_path):
     args = tiny_args(
-        tmp_path, supervision="process", reward=f"{ROOT}/toy/make.py:step_rewards", num_steps=20,
+        tmp_path, supervision="process", reward=f"{ROOT}/toy/make.py:step_rewards", num_steps=12,
         num_prompts=16, num_generations=8, micro_batch_size=128,
     )  # fmt: skip
     gold = [row["gold_reward"] for row in run(args)[0]]
