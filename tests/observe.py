@@ -131,9 +131,9 @@ def observe(script, args, picture=False):
 
 
 # --- Flags that all scripts have ------------------------------------------------------------------
-# Each takes run(**changes) -> Seen of a tiny run in a folder of its own; `base`, the Seen of the run
-# without changes; and an empty folder. The base run has three steps or more, and evaluates before
-# and after them.
+# Each takes run(**changes) -> Seen of a tiny run in a folder of its own; `base`, the Seen of the
+# run without changes; and an empty folder. The base run has three steps or more, and evaluates
+# before and after them.
 
 
 def refused(run, *words, **changes):
@@ -144,7 +144,10 @@ def refused(run, *words, **changes):
 
 
 def copy_of(seen, folder):
+    """A copy of a run's folder, as if the run had been made there."""
     shutil.copytree(seen.folder, folder)
+    args = json.loads((folder / "args.json").read_text())
+    (folder / "args.json").write_text(json.dumps(args | {"output_dir": str(folder)}))
     return str(folder)
 
 
