@@ -427,8 +427,9 @@ def test_no_samples_is_no_mistake(script, tmp_path):
 
 
 @pytest.mark.parametrize("long", ["pair", "answer"])
-def test_sft_keeps_within_the_context(tmp_path, long):
-    """A model with learned positions has none beyond: longer rows are cut or refused."""
+def test_sft_keeps_within_the_context(tmp_path, long, capsys):
+    """A model with learned positions has none beyond: longer rows and answers are cut, and it is
+    said of rows."""
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, vocab_size=64)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(TOY).save_pretrained(tmp_path / "gpt2")
@@ -436,10 +437,11 @@ def test_sft_keeps_within_the_context(tmp_path, long):
     path = write_rows(tmp_path / "rows.jsonl", *ROWS, row)
     changes = dict(model=str(tmp_path / "gpt2"), dataset=path, eval_dataset=path)
     changes |= dict(max_length=1024 if long == "pair" else 64, max_new_tokens=128)
-    try:
-        sft.main(some_args(sft, tmp_path, **changes))
-    except SystemExit as stopped:
-        assert "64" in str(stopped)
+    sft.main(some_args(sft, tmp_path, **changes))
+    said = "of 5 completions, dropped 0 whose prompt fills --max-length 64, cut 1 that pass it"
+    assert (said in capsys.readouterr().out) == (long == "pair")
+    samples = [json.loads(x) for x in open(tmp_path / "run" / "samples.jsonl")]
+    assert len(samples) == 2 * 4  # before the first step and after the last
 
 
 # --- The reward function --------------------------------------------------------------------------

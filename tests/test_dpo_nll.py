@@ -1146,7 +1146,7 @@ def test_learning_as_a_user_would(tmp_path):
     """`python dpo_nll.py` on half of its pairs; with the sides exchanged it fails."""
     write(tmp_path / "half.jsonl", toy_rows(1280))
     command = [sys.executable, ROOT / "dpo_nll.py", "--output-dir", tmp_path / "run"]
-    command += ["--dataset", tmp_path / "half.jsonl", "--eval-size", "200"]
+    command += ["--dataset", tmp_path / "half.jsonl", "--eval-size", "100"]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
     rows = [json.loads(line) for line in open(tmp_path / "run/metrics.jsonl")]

@@ -265,7 +265,8 @@ def test_a_run_killed_after_its_last_step_is_finished(runs, tmp_path):
 
 def test_what_is_dropped_and_cut_is_said(tmp_path, tiny, capsys):
     rows = [row for row in test_rm_bt.COUNTED if row["prompt"] != "4"]  # the one with a tie
-    test_rm_bt.says_what_is_dropped(rm_kwise, rows, tmp_path, tiny, capsys, 3)
+    rows = [rows[0] | {"prompt": "0"}, *rows]
+    test_rm_bt.says_what_is_dropped(rm_kwise, rows, tmp_path, tiny, capsys, 5)
 
 
 def test_ranks_are_counted_anew_where_equal_completions_are_left_out(tmp_path, tiny):
@@ -284,6 +285,10 @@ def test_chats_are_read_as_their_texts(tmp_path, tiny):
     rows = [{"prompt": "1+2", "chosen": "3", "rejected": "4 4"}]
     rows += [{"prompt": "10", "chosen": "10=10", "rejected": "1"}]
     test_rm_bt.chats_are_read(rm_kwise, rows, tmp_path, tiny)
+
+
+def test_a_reward_model_trained_on_is_centred_anew(tmp_path, tiny):
+    test_rm_bt.is_centred_anew(rm_kwise, STRICT, tmp_path, tiny)
 
 
 @pytest.mark.parametrize("pad", [None, 1, 0])

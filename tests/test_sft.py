@@ -488,6 +488,8 @@ def flag_weight_decay(run, base, folder):
     for i in range(4):
         assert torch.allclose(got.updates[i + 1].weights, after[i], atol=1e-6)
     assert not torch.allclose(after[0], without[0], atol=1e-5)
+    groups = got.optimizers[0].param_groups + base.optimizers[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
 
 
 def flag_log_samples(run, base, folder):
