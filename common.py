@@ -1,33 +1,33 @@
-"""What the scripts share: batched generation, log-probs and KL, and what loads rewards.
+"""What all scripts share: batches of prompts and completions, generation, log-probs, scores and KL.
 
-One layout serves every chapter: P prompts, each with a group of completions, R completions in all.
-Prompts are padded on the left and completions on the right, so that a prompt ends where each of its
-completions begins, and is computed once for all of them. Bad input ends the program with one line.
+One layout serves every chapter of the book. A batch is P prompts, each with a group of completions,
+R completions in all. Prompts are padded on the left and completions on the right, so that a prompt
+ends where each of its completions begins, and is computed once for all of them.
+
+This file stands alone: it imports torch and transformers and nothing else. Its functions raise
+ValueError where an input cannot be used.
+
+Shapes: P prompts, R completions, Tp and Tc tokens of the longest prompt and completion, V tokens in
+the vocabulary.
 """
+
 import contextlib
 import inspect
-import math
-import runpy
 from dataclasses import dataclass
 
 import torch
 import transformers
+from torch.nn.functional import pad as pad_tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from plumbing import (ROOT, Run, after_answer, answer_text, check_prompts,  # noqa: F401
-                      encode_prompt, end_of_turn, has_answers, hold_out, load_model, load_rows,
-                      load_splits, load_tokenizer, parse_args, pick_device, set_other_pad, stop,
-                      stop_on_error, update, with_ended)  # for the scripts: all from one place
-
-transformers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()  # load_model says itself what is missing
-
 # --- Batches --------------------------------------------------------------------------------------
+
 
 @dataclass
 class Batch:
     """P prompts and the R completions that belong to them."""
+
     prompt_ids: torch.Tensor  # (P, Tp) long, left-padded
     prompt_mask: torch.Tensor  # (P, Tp) bool
     completion_ids: torch.Tensor  # (R, Tc) long, right-padded
@@ -35,356 +35,525 @@ class Batch:
     prompt_of: torch.Tensor  # (R,) long, the prompt of each completion, prompt-major: 0 0 0 1 1 1
 
     def rows(self, index):
-        """The completions `index` (a long tensor) with their prompts, cut to the longest ones."""
+        """Select completions with their prompts, and cut the padding that none of them needs.
+
+        index: long tensor of completions, prompt-major -> Batch.
+        """
         prompts, prompt_of = self.prompt_of[index].unique(return_inverse=True)
-        prompt_mask, mask = self.prompt_mask[prompts], self.completion_mask[index]
-        Tp, Tc = int(prompt_mask.sum(1).max()), int(mask.sum(1).max())
-        prompt_ids, ids = self.prompt_ids[prompts][:, -Tp:], self.completion_ids[index][:, :Tc]
-        return Batch(prompt_ids, prompt_mask[:, -Tp:], ids, mask[:, :Tc], prompt_of)
+        prompt_mask = self.prompt_mask[prompts]
+        completion_mask = self.completion_mask[index]
+        Tp = int(prompt_mask.sum(1).max())
+        Tc = int(completion_mask.sum(1).max())
+        return Batch(
+            prompt_ids=self.prompt_ids[prompts][:, -Tp:],
+            prompt_mask=prompt_mask[:, -Tp:],
+            completion_ids=self.completion_ids[index][:, :Tc],
+            completion_mask=completion_mask[:, :Tc],
+            prompt_of=prompt_of,
+        )
 
     def split(self, size, whole_prompts=False):
-        """Index tensors of at most `size` completions each, for `rows`: the micro-batches, those
-        of the longest prompts first, so that little is padding and memory runs out at once.
-        whole_prompts: none divides a prompt; one with more completions than that goes alone."""
-        of, lengths = self.prompt_of, self.prompt_mask.sum(1)
-        both = lengths[of] + self.completion_mask.sum(1)
-        longest = torch.zeros_like(lengths).scatter_reduce(0, of, both, "amax")[of]
-        order, sizes = (of - longest * len(lengths)).argsort(), size
+        """Divide the completions into micro-batches -> list of index tensors for `rows`.
+
+        Prompts whose longest row (prompt and completion) is long go first, so that rows of like
+        length share a micro-batch, and a lack of memory shows at once.
+        size: completions in a micro-batch. whole_prompts: never divide the completions of one
+        prompt; a prompt that has more than `size` of them is a micro-batch of its own.
+        """
+        prompt_lengths = self.prompt_mask.sum(1)
+        row_lengths = prompt_lengths[self.prompt_of] + self.completion_mask.sum(1)
+        longest = torch.zeros_like(prompt_lengths)
+        longest = longest.scatter_reduce(0, self.prompt_of, row_lengths, "amax")[self.prompt_of]
+        # Sort by falling length, and within one length by prompt
+        order = (self.prompt_of - longest * len(prompt_lengths)).argsort()
         if whole_prompts:
-            sizes = []
-            for count in of[order].unique_consecutive(return_counts=True)[1].tolist():
-                fits = sizes and sizes[-1] + count <= size
-                sizes = [*sizes[:-1], sizes[-1] + count] if fits else [*sizes, count]
-        return [mb.sort().values for mb in order.split(sizes)]  # prompt-major, as `rows` wants it
+            _, counts = self.prompt_of[order].unique_consecutive(return_counts=True)
+            parts = order.split(_pack(counts.tolist(), size))
+        else:
+            parts = order.split(size)
+        return [part.sort().values for part in parts]  # prompt-major, as `rows` needs it
 
     def to(self, device):
-        """The same on `device`."""
-        return Batch(*(x.to(device) for x in vars(self).values()))
+        """The same batch on `device`."""
+        return Batch(
+            self.prompt_ids.to(device),
+            self.prompt_mask.to(device),
+            self.completion_ids.to(device),
+            self.completion_mask.to(device),
+            self.prompt_of.to(device),
+        )
+
+
+def _pack(counts, size):
+    """Put neighbouring groups together while they have at most `size` members -> list of sizes."""
+    sizes = []
+    for count in counts:
+        if sizes and sizes[-1] + count <= size:
+            sizes[-1] += count
+        else:
+            sizes.append(count)
+    return sizes
+
+
+def pad(rows, side):
+    """Lists of ids -> ids (N, T) long, mask (N, T) bool, padded on "left" or "right".
+
+    The mask is made from lengths, never from `ids != pad`: many tokenizers use one id for pad and
+    EOS, and such a mask would hide the EOS.
+    """
+    ids = [torch.tensor(row) for row in rows]
+    masks = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+    return (
+        pad_sequence(ids, batch_first=True, padding_side=side),
+        pad_sequence(masks, batch_first=True, padding_side=side),
+    )
+
+
+# --- From text to tokens --------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer, prompt):
+    """Text or list of chat messages -> list of token ids, up to where the completion begins.
+
+    With a chat template, a text is one user message. Without one, a text is taken as it is.
+    Raises ValueError where the template refuses the messages, or where there is no template.
+    """
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"The chat template refuses {str(chat)[:80]} ({reason}).") from error
+        # The template has written the BOS: the tokenizer must not add a second one
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not isinstance(prompt, str):
+        raise ValueError(
+            "The prompts are chat messages, but the tokenizer has no chat template: use plain text."
+        )
+    ids = tokenizer(prompt)["input_ids"]
+    if ids[-1:] == [tokenizer.eos_token_id]:
+        return ids[:-1]  # some tokenizers close every text with the EOS
+    return ids
+
+
+def after_answer(tokenizer):
+    """Ids that the chat template puts after an answer: the end of turn and perhaps a newline."""
+    if not tokenizer.chat_template:
+        return []
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def end_of_turn(tokenizer):
+    """Id that closes a completion: the first special token of `after_answer`, else the EOS."""
+    for token in after_answer(tokenizer):
+        if token in tokenizer.added_tokens_decoder:
+            return token
+    return tokenizer.eos_token_id
+
 
 def encode(tokenizer, prompts, completions, max_length=None, ended=None):
-    """P prompts (texts or chats) and for each of them a list of completion texts -> Batch.
-    The two are tokenised apart, so that a prompt has the tokens it has in generation. The end of
-    turn is appended, but not where `max_length` tokens, prompt included, cut a completion, or where
-    one of the R in `ended` is False: the policy was cut off there, and never wrote an end."""
-    prompt_rows, rows = [encode_prompt(tokenizer, prompt) for prompt in prompts], []
-    end, ended = end_of_turn(tokenizer), iter(ended or [True] * sum(map(len, completions)))
-    for ids, texts in zip(prompt_rows, completions, strict=True):
-        if max_length and len(ids) >= max_length:
-            stop(f"a prompt of {len(ids)} tokens leaves no room for a completion in {max_length}")
+    """P prompts (texts or chats), and for each of them a list of completion texts -> Batch.
+
+    The two are tokenised apart, so that a prompt has the same tokens as in generation. Each
+    completion gets the end of turn, except where `max_length` tokens (prompt included) cut it, or
+    where `ended` (R booleans) is False: there the policy was cut off and wrote no end.
+    Raises ValueError where a prompt fills max_length.
+    """
+    end = end_of_turn(tokenizer)
+    prompt_rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    completion_rows = []
+    prompt_of = []
+    for i, (prompt_row, texts) in enumerate(zip(prompt_rows, completions, strict=True)):
+        room = None if max_length is None else max_length - len(prompt_row)
+        if room is not None and room <= 0:
+            raise ValueError(
+                f"A prompt of {len(prompt_row)} tokens leaves no room for a completion in "
+                f"{max_length} tokens."
+            )
         for text in texts:
             row = tokenizer(text, add_special_tokens=False)["input_ids"]
-            row = [*row, end] if next(ended) or not row else row
-            rows.append(row[:max_length and max_length - len(ids)])
-    prompt_of = torch.tensor([i for i, texts in enumerate(completions) for _ in texts])
-    return Batch(*pad(prompt_rows, "left"), *pad(rows, "right"), prompt_of)
+            has_end = ended is None or ended[len(completion_rows)]
+            if has_end or not row:
+                row = [*row, end]
+            completion_rows.append(row[:room])
+            prompt_of.append(i)
+    return Batch(*pad(prompt_rows, "left"), *pad(completion_rows, "right"), torch.tensor(prompt_of))
+
 
 def encode_steps(tokenizer, prompt, steps, separator, close=None):
-    """Prompt and texts of steps -> ids of both, ends: the place of each step's last token, the end
-    of its separator. Steps are tokenised apart, so that none merges with the next. Without a
-    separator every token is a step. close: ids after the last; None: the end of turn."""
-    ids, ends = [], []
+    """A prompt and the texts of its solution's steps -> prompt ids, completion ids, step ends.
+
+    The end of a step is the place, in the completion, of the last token of its separator. Steps are
+    tokenised apart, so that no token belongs to two of them. Without a separator every token is a
+    step. close: ids to put after the last step; None: the end of turn.
+    """
+    ids = []
+    ends = []
     for text in steps:
         ids += tokenizer(text + separator, add_special_tokens=False)["input_ids"]
         ends.append(len(ids) - 1)
-    ids += [end_of_turn(tokenizer)] if close is None or not ids else close
-    return encode_prompt(tokenizer, prompt), ids, ends if separator else [*range(len(ids))]
+    if close is None or not ids:
+        ids.append(end_of_turn(tokenizer))
+    else:
+        ids += close
+    if not separator:
+        ends = list(range(len(ids)))
+    return encode_prompt(tokenizer, prompt), ids, ends
 
-def pad(rows, side):
-    """Lists of ids -> ids (N, T) and mask (N, T), padded on this side. Masks come from lengths,
-    never from `ids != pad`: many tokenizers use one id for pad and EOS."""
-    rows = [torch.tensor(row) for row in rows]
-    return [pad_sequence(x, batch_first=True, padding_side=side)
-            for x in (rows, [torch.ones_like(row, dtype=torch.bool) for row in rows])]
 
-# --- Generation and log-probs ---------------------------------------------------------------------
+# --- One forward pass -----------------------------------------------------------------------------
 
-WORTH_SHARING = 200  # tokens that sharing prompts must save: its second pass costs about as much
-PASS_TOKENS = 2048  # of prompts in one pass: more would take memory and not be faster
 
 def _autocast(model):
-    dtype = getattr(model, "autocast_dtype", None)
-    return torch.autocast(model.device.type, dtype) if dtype else contextlib.nullcontext()
+    dtype = getattr(model, "autocast_dtype", None)  # set by load_model
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(model.device.type, dtype)
+
 
 def _call(model, net, ids, mask, cache=None, keep=0):
-    # One forward of `net`, which is `model` or its backbone, on ids that follow those in the cache.
+    """Outputs of `net` (the model, or its backbone) on ids (N, T) that follow those in the cache.
+
+    mask (N, T + cached tokens). keep: compute logits for this many last tokens only; 0: for all.
+    """
     if getattr(model, "recompute", False):
-        model.train(torch.is_grad_enabled())  # else layers neither checkpoint nor fill a cache
-    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # left padding does not count
-    options = {"logits_to_keep": keep} if net is model else {}
-    known = inspect.signature(net.forward).parameters  # Transformers 5.x renamed this one
-    options["cache" if "cache" in known else "past_key_values"] = cache
+        # In eval mode layers do not recompute, in train mode they fill no cache
+        model.train(torch.is_grad_enabled())
+    # Positions count the real tokens, so that left padding changes nothing
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    options = {}
+    if net is model:
+        options["logits_to_keep"] = keep
+    # Releases of transformers 5 differ in the name of this argument
+    known = inspect.signature(net.forward).parameters
+    cache_name = "cache" if "cache" in known else "past_key_values"
+    options[cache_name] = cache
     with _autocast(model):
-        return net(input_ids=ids, attention_mask=mask.long(), position_ids=positions,
-                   use_cache=cache is not None, **options)[0]
+        return net(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=positions,
+            use_cache=cache is not None,
+            **options,
+        )[0]
 
-class _RoomyLayer(DynamicLayer):
-    # DynamicLayer copies all keys and values for each token, a third of the time of long
-    # completions. This one writes into places that it has, and makes 64 more when they are full.
-    def __init__(self, layer):
-        super().__init__()
-        self.is_initialized, self.length = True, layer.keys.shape[-2]
-        self.keys, self.values = layer.keys, layer.values
 
-    def get_seq_length(self):
-        return self.length
+# --- A prompt is computed once for all of its completions -----------------------------------------
 
-    def update(self, key_states, value_states, *_, **__):  # what models hand on
-        start, self.length = self.length, self.length + key_states.shape[-2]
-        if self.length > self.keys.shape[-2]:
-            self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, 64))
-                                      for x in (self.keys, self.values))
-        self.keys[:, :, start:self.length] = key_states
-        self.values[:, :, start:self.length] = value_states
-        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+WORTH_SHARING = 200  # sharing needs a second pass, which costs about as much as this many tokens
+PASS_TOKENS = 2048  # prompt tokens in one pass: more would take memory and not be faster
 
-def _prompt_cache(model, net, batch, n):
-    # First n tokens of each prompt, once, repeated for its completions; and the last one's outputs.
-    # Those of like length go together: in one pass of all, most would be padding to the longest.
-    ids, mask = batch.prompt_ids[:, :n], batch.prompt_mask[:, :n]
-    lengths, parts = mask.sum(1).clamp(min=1).tolist(), []
-    for i in sorted(range(len(ids)), key=lambda i: -lengths[i]):
-        fits = parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= PASS_TOKENS
-        parts = [*parts[:-1], [*parts[-1], i]] if fits else [*parts, [i]]
-    caches, last = [transformers.DynamicCache(config=model.config) for _ in parts], []
-    if any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in caches[0].layers):
-        stop("this model keeps states that cannot be repeated for the completions of a prompt")
-    for part, cache in zip(parts, caches, strict=True):
-        cut = n - lengths[part[0]] if cache is not caches[0] else 0
-        part = torch.tensor(part, device=ids.device)
-        last.append(_call(model, net, ids[part, cut:], mask[part, cut:], cache, 1)[:, -1])
-    for longest, *others in zip(*(cache.layers for cache in caches), strict=True):
-        for name in ("keys", "values") if others and longest.is_initialized else ():
-            x, *rest = (getattr(layer, name) for layer in (longest, *others))
-            rest = [torch.nn.functional.pad(y, (0, 0, x.shape[2] - y.shape[2], 0)) for y in rest]
-            setattr(longest, name, torch.cat([x, *rest]))
-    place = torch.tensor(sum(parts, []), device=ids.device).argsort()[batch.prompt_of]
-    caches[0].reorder_cache(place)  # batch_select_indices has a far slower backward
-    return caches[0], torch.cat(last)[place]
+
+def _prompt_cache(model, net, batch, num_tokens):
+    """Compute the first `num_tokens` columns of the prompts once.
+
+    -> cache with one row for each completion (R), and the outputs at the last column (R, .).
+    """
+    ids = batch.prompt_ids[:, :num_tokens]
+    mask = batch.prompt_mask[:, :num_tokens]
+    lengths = mask.sum(1).clamp(min=1).tolist()
+
+    # 1. Plan: prompts of like length share a pass. In one pass of all, most would be padding.
+    passes = _plan_passes(lengths)
+
+    # 2. Compute: one forward for each pass, without the columns that are padding in all of it
+    caches = []
+    outputs = []
+    for prompts in passes:
+        cache = transformers.DynamicCache(config=model.config)
+        for layer in cache.layers:
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                raise ValueError(
+                    "This model keeps states that cannot be repeated for the completions of a "
+                    "prompt."
+                )
+        # The first pass, of the longest prompts, has all columns: the others are padded to it
+        start = num_tokens - lengths[prompts[0]] if caches else 0
+        rows = torch.tensor(prompts, device=ids.device)
+        output = _call(model, net, ids[rows, start:], mask[rows, start:], cache, keep=1)
+        caches.append(cache)
+        outputs.append(output[:, -1])
+
+    # 3. Join: the keys and values of all passes, padded on the left to the longest
+    joined = caches[0]
+    for i, layer in enumerate(joined.layers):
+        if len(caches) > 1 and layer.is_initialized:
+            layer.keys = _join([cache.layers[i].keys for cache in caches])
+            layer.values = _join([cache.layers[i].values for cache in caches])
+
+    # 4. Repeat: from the order of the passes to that of the prompts, one copy for each completion
+    order = torch.cat([torch.tensor(prompts, device=ids.device) for prompts in passes])
+    place = order.argsort()[batch.prompt_of]  # argsort of a permutation is its inverse
+    joined.reorder_cache(place)  # batch_select_indices has a far slower backward
+    return joined, torch.cat(outputs)[place]
+
+
+def _plan_passes(lengths):
+    """Lengths of prompts -> lists of prompts, the longest first, that share a forward pass."""
+    passes = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if passes and (len(passes[-1]) + 1) * lengths[passes[-1][0]] <= PASS_TOKENS:
+            passes[-1].append(i)
+        else:
+            passes.append([i])
+    return passes
+
+
+def _join(parts):
+    """Keys or values (N, heads, T, size) of passes, T falling -> one tensor, padded on the left."""
+    longest = parts[0].shape[2]
+    padded = [parts[0]]
+    for part in parts[1:]:
+        padded.append(pad_tensor(part, (0, 0, longest - part.shape[2], 0)))
+    return torch.cat(padded)
+
 
 def _outputs(model, net, batch, num_tokens, share_prompts):
-    # Outputs of `net` at prompts' ends and the completions' first tokens: (R, 1 + num_tokens, .)
-    of, cache, before = batch.prompt_of, None, batch.prompt_ids.shape[1] - 1
-    saved = (len(of) - len(batch.prompt_ids)) * before  # tokens
-    ids = torch.cat([batch.prompt_ids[of], batch.completion_ids[:, :num_tokens]], dim=1)
-    mask = torch.cat([batch.prompt_mask[of], batch.completion_mask[:, :num_tokens]], dim=1)
-    recompute = torch.is_grad_enabled() and getattr(model, "recompute", False)  # allows no cache
-    if share_prompts and saved > WORTH_SHARING and not recompute:
-        cache, ids = _prompt_cache(model, net, batch, before)[0], ids[:, before:]
-    return _call(model, net, ids, mask, cache, keep=num_tokens + 1)[:, -num_tokens - 1:]
+    """Outputs of `net` at the last token of the prompts and at the first `num_tokens` tokens of the
+    completions -> (R, 1 + num_tokens, .)."""
+    before = batch.prompt_ids.shape[1] - 1  # the last prompt token predicts the first of each row
+    ids = torch.cat(
+        [batch.prompt_ids[batch.prompt_of], batch.completion_ids[:, :num_tokens]], dim=1
+    )
+    mask = torch.cat(
+        [batch.prompt_mask[batch.prompt_of], batch.completion_mask[:, :num_tokens]], dim=1
+    )
+    saved_tokens = (len(batch.prompt_of) - len(batch.prompt_ids)) * before
+    # Recomputing activations in the backward pass allows no cache
+    recompute = torch.is_grad_enabled() and getattr(model, "recompute", False)
+    cache = None
+    if share_prompts and saved_tokens > WORTH_SHARING and not recompute:
+        cache, _ = _prompt_cache(model, net, batch, before)
+        ids = ids[:, before:]
+    outputs = _call(model, net, ids, mask, cache, keep=num_tokens + 1)
+    return outputs[:, -num_tokens - 1 :]
+
+
+# --- Log-probs and scores -------------------------------------------------------------------------
+
+
+def plain_logps(model, batch, temperature=1.0):
+    """What `completion_logps` computes, in its simplest form: each row is prompt and completion.
+
+    -> (R, Tc) float32, 0 in padding. For reading and for tests: it computes a prompt again for each
+    of its completions.
+    """
+    ids = torch.cat([batch.prompt_ids[batch.prompt_of], batch.completion_ids], dim=1)
+    mask = torch.cat([batch.prompt_mask[batch.prompt_of], batch.completion_mask], dim=1)
+    logits = _call(model, model, ids, mask).float() / temperature
+    logps = logits[:, :-1].log_softmax(-1)  # the logits at one token predict the next
+    logps = logps.gather(-1, ids[:, 1:, None])[..., 0]
+    completion_length = batch.completion_ids.shape[1]
+    return logps[:, -completion_length:].masked_fill(~batch.completion_mask, 0.0)
+
 
 def completion_logps(model, batch, temperature=1.0, share_prompts=True):
-    """log pi(y_t | x, y_<t) of completion tokens, at the sampling temperature -> (R, Tc) float32;
-    0 in padding, so that the sum over tokens is the completion's log-prob.
-    share_prompts: compute a prompt once for all of its completions, where that is less work; the
-    value is the same."""
-    ids, mask = batch.completion_ids, batch.completion_mask
-    logits = _outputs(model, model, batch, ids.shape[1] - 1, share_prompts).flatten(0, 1).float()
-    logits = logits / temperature if temperature != 1 else logits  # a copy, vocabulary wide
+    """log pi(y_t | x, y_<t) of the completion tokens, in nats -> (R, Tc) float32.
+
+    0 in padding, so that the sum over tokens is the log-prob of a completion. temperature: the one
+    of sampling, as these are the probabilities that the tokens were drawn with.
+    share_prompts: compute a prompt once for all of its completions, where that is less work. Values
+    and gradients are those of `plain_logps`.
+    """
+    ids = batch.completion_ids
+    logits = _outputs(model, model, batch, ids.shape[1] - 1, share_prompts)
+    logits = logits.flatten(0, 1).float()
+    if temperature != 1:  # dividing by 1 would copy what may be gigabytes
+        logits = logits / temperature
     nll = torch.nn.functional.cross_entropy(logits, ids.flatten(), reduction="none")
-    return (-nll).view_as(ids).masked_fill(~mask, 0.0)
+    return (-nll).view_as(ids).masked_fill(~batch.completion_mask, 0.0)
+
 
 @torch.no_grad()
 def fixed_logps(model, batch, temperature=1.0, micro_batch_size=8, share_prompts=True):
     """`completion_logps` without gradient, in micro-batches -> (R, Tc)."""
     logps = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
-    for mb in batch.split(micro_batch_size):
-        part = completion_logps(model, batch.rows(mb), temperature, share_prompts)
-        logps[mb, :part.shape[1]] = part
+    for index in batch.split(micro_batch_size):
+        part = completion_logps(model, batch.rows(index), temperature, share_prompts)
+        logps[index, : part.shape[1]] = part
     return logps
 
+
 def completion_scores(model, batch, share_prompts=True, before=False):
-    """The classification head at each completion token -> (R, Tc, num_labels) float32.
-    A reward model reads the last token of the mask, a process reward model the step ends. before:
-    at the token before each, for a critic: the value of a state must not know the token chosen in
-    it. Transformers' own pooling takes the last id that is not pad: wrong where pad is EOS.
-    config.reward_bias, which rm_*.py save as heads have no bias, is added."""
-    length = batch.completion_ids.shape[1] - before
-    hidden = _outputs(model, model.base_model, batch, length, share_prompts)[:, 1 - before:]
+    """Outputs of the classification head at each completion token -> (R, Tc, num_labels) float32.
+
+    A reward model reads the last token, a process reward model the ends of the steps.
+    before: at the token before each instead, as a critic needs it: the value of a state must not
+    know the token that is chosen in it.
+    Not transformers' own pooling, which takes the last id that is not pad: wrong where pad is EOS.
+    `config.reward_bias` is added: transformers' heads have no bias to hold it.
+    """
+    length = batch.completion_ids.shape[1]
+    if before:
+        hidden = _outputs(model, model.base_model, batch, length - 1, share_prompts)
+    else:
+        hidden = _outputs(model, model.base_model, batch, length, share_prompts)[:, 1:]
     head = model.score if hasattr(model, "score") else model.classifier
     return head(hidden.float()) + getattr(model.config, "reward_bias", 0.0)
 
+
 def last_scores(model, batch, share_prompts=True):
-    """`completion_scores` at each completion's last token: a reward model's rewards -> (R,)."""
+    """Rewards of the completions: `completion_scores` at the last token of each -> (R,)."""
     last = batch.completion_mask.sum(1, keepdim=True) - 1
-    return completion_scores(model, batch, share_prompts)[..., 0].gather(1, last)[:, 0]
+    scores = completion_scores(model, batch, share_prompts)[..., 0]
+    return scores.gather(1, last)[:, 0]
+
+
+# --- Generation -----------------------------------------------------------------------------------
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values with room for 64 more tokens.
+
+    DynamicLayer copies all of them for each token, a third of the time of long completions.
+    """
+
+    def __init__(self, layer):
+        super().__init__()
+        self.is_initialized = True
+        self.length = layer.keys.shape[-2]
+        self.keys = layer.keys
+        self.values = layer.values
+
+    def get_seq_length(self):
+        return self.length
+
+    def update(self, key_states, value_states, *_, **__):  # models hand on more than these
+        start = self.length
+        self.length += key_states.shape[-2]
+        if self.length > self.keys.shape[-2]:
+            self.keys = pad_tensor(self.keys, (0, 0, 0, 64))
+            self.values = pad_tensor(self.values, (0, 0, 0, 64))
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+def _make_roomy(cache):
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            cache.layers[i] = _RoomyLayer(layer)
+
 
 def _sample(logits, temperature, top_p, top_k):
+    """Logits (N, V) -> ids (N,). Temperature 0 is greedy, top_k 0 and top_p 1 leave all tokens."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float() / temperature
-    logits = transformers.TopKLogitsWarper(top_k)(None, logits) if top_k else logits
-    logits = transformers.TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits
+    if top_k:
+        logits = transformers.TopKLogitsWarper(top_k)(None, logits)
+    if top_p < 1:
+        logits = transformers.TopPLogitsWarper(top_p)(None, logits)
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
+
+def _end_ids(model, tokenizer):
+    """Ids that end a completion: all that the model or the tokenizer names."""
+    named = model.generation_config.eos_token_id
+    ids = set(named) if isinstance(named, list) else {named}
+    ids |= {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    return torch.tensor(list(ids - {None}), device=model.device)
+
+
 @torch.no_grad()
-def generate(model, tokenizer, prompts, num_generations, max_new_tokens, temperature=1.0,
-             top_p=1.0, top_k=0):
-    """`num_generations` completions of each prompt (text or chat); temperature 0 is greedy.
+def generate(
+    model, tokenizer, prompts, num_generations, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0
+):
+    """Sample `num_generations` completions of each prompt (text or chat); temperature 0 is greedy.
+
     -> Batch on the model's device, R texts, ended (R,) bool: False where the tokens ran out.
-    Stops at every EOS id that the model or the tokenizer names. The sampling values of the model's
-    own generation_config are not used: the log-probs of training would not know of them."""
-    eos = model.generation_config.eos_token_id
-    eos = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
-    eos = torch.tensor([*eos, end_of_turn(tokenizer)], device=model.device)
+    The sampling values of the model's own generation_config are not used: the log-probs of training
+    would not know of them. Raises ValueError where the logits are nan.
+    """
+    prompt_rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     prompt_of = torch.arange(len(prompts)).repeat_interleave(num_generations)
     ids = torch.zeros(len(prompt_of), max_new_tokens, dtype=torch.long)
-    prompts = pad([encode_prompt(tokenizer, p) for p in prompts], "left")
-    batch = Batch(*prompts, ids, ids < 0, prompt_of).to(model.device)
-    rows, mask = torch.arange(len(ids), device=model.device), batch.prompt_mask[batch.prompt_of]
-    ended = torch.zeros_like(rows, dtype=torch.bool)
-    with _autocast(model):  # around all, else the weights are cast anew for each token
+    nothing = torch.zeros_like(ids, dtype=torch.bool)
+    batch = Batch(*pad(prompt_rows, "left"), ids, nothing, prompt_of).to(model.device)
+
+    end_ids = _end_ids(model, tokenizer)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
+    rows = torch.arange(len(ids), device=model.device)  # those that still go through the model
+    mask = batch.prompt_mask[batch.prompt_of]
+    with _autocast(model):  # around all, or the weights are cast anew for each token
         cache, logits = _prompt_cache(model, model, batch, mask.shape[1])
-        cache.layers = [_RoomyLayer(x) if type(x) is DynamicLayer and x.is_initialized else x
-                        for x in cache.layers]
+        _make_roomy(cache)
         if logits.isnan().any():
-            stop("the model's logits are nan: broken weights, or a --dtype too coarse for it")
+            raise ValueError(
+                "The model's logits are nan: its weights are broken, or --dtype is too coarse for "
+                "them."
+            )
         for t in range(max_new_tokens):
             token = _sample(logits, temperature, top_p, top_k)
             batch.completion_ids[rows, t] = token
             batch.completion_mask[:, t] = ~ended
-            ended[rows] |= torch.isin(token, eos)
+            ended[rows] |= torch.isin(token, end_ids)
             keep = (~ended[rows]).nonzero()[:, 0]
-            if not len(keep) or t + 1 == max_new_tokens:
+            if len(keep) == 0 or t + 1 == max_new_tokens:
                 break
             if len(keep) <= 0.75 * len(rows):  # not whenever one ends: each time copies the cache
                 cache.batch_select_indices(keep)
-                rows, token, mask = rows[keep], token[keep], mask[keep]
-            mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+                rows = rows[keep]
+                token = token[keep]
+                mask = mask[keep]
+            mask = pad_tensor(mask, (0, 1), value=True)
             logits = _call(model, model, token[:, None], mask, cache)[:, -1]
-    batch = batch.rows(torch.arange(len(ids), device=model.device))
-    ids = [batch.completion_ids[i, m].tolist() for i, m in enumerate(batch.completion_mask)]
-    return batch, tokenizer.batch_decode(ids, skip_special_tokens=True), ended
 
-def greedy_rewards(policy, tokenizer, score, rows, max_new_tokens, batch_size):
-    """Rewards of the greedy completions of the rows' prompts, `batch_size` at a time -> list."""
-    values = []
-    for part in (rows[i:i + batch_size] for i in range(0, len(rows), batch_size)):
-        prompts = [row["prompt"] for row in part]
-        _, texts, ended = generate(policy, tokenizer, prompts, 1, max_new_tokens, temperature=0)
-        values += score(prompts, texts, with_ended(part, ended))
-    return values
+    batch = batch.rows(torch.arange(len(ids), device=model.device))  # cut to the longest
+    return batch, _decode(tokenizer, batch), ended
 
-def kl_from_start(policy, start, tokenizer, prompts, max_new_tokens, batch_size):
-    """One completion of each prompt from the policy, `batch_size` at a time -> KL(policy || start)
-    of each in nats (k1, N), texts."""
-    kl, texts = [], []
-    for i in range(0, len(prompts), batch_size):
-        part = generate(policy, tokenizer, prompts[i:i + batch_size], 1, max_new_tokens)
-        kl.append(kl_estimate(*(fixed_logps(model, part[0], 1.0, batch_size)
-                                for model in (policy, start)), "k1").sum(1))
-        texts += part[1]
-    return torch.cat(kl), texts
+
+def _decode(tokenizer, batch):
+    """Texts of the completions of a batch, without special tokens."""
+    completions = []
+    for ids, mask in zip(batch.completion_ids, batch.completion_mask, strict=True):
+        completions.append(ids[mask].tolist())
+    return tokenizer.batch_decode(completions, skip_special_tokens=True)
+
 
 # --- KL and means ---------------------------------------------------------------------------------
 
+
 def kl_estimate(logps, ref_logps, kind):
-    """Estimate of KL(pi || pi_ref) at tokens sampled from pi, in nats, same shape (book 8.1).
-    With log r = ref_logps - logps, the log of pi_ref / pi (the direction matters):
+    """Estimate KL(pi || pi_ref) at tokens sampled from pi, in nats, same shape. Book 8.1.
+
+    With log r = ref_logps - logps, the log of pi_ref / pi (mind the direction):
     k1 = -log r          unbiased, can be negative; as a loss its expected gradient is zero
     k2 = (log r)^2 / 2   biased, low variance; as a loss it has the gradient of KL(pi || pi_ref)
-    k3 = r - 1 - log r   unbiased, never negative; as a loss: the gradient of KL(pi_ref || pi)"""
+    k3 = r - 1 - log r   unbiased, never negative; as a loss: the gradient of KL(pi_ref || pi)
+
+    What is said of gradients holds for one token given its prefix. Over a whole completion, the
+    estimators as losses lack the term of how each token changes the later ones; and after the first
+    gradient step on the same completions, none has an importance weight.
+
+    The book's snippet (8.1.2) has three faults: it calls the models on the prompt alone; F.kl_div
+    takes log-probs, so it needs log_target=True; and F.kl_div(input, target) is
+    KL(target || input), the other direction.
+    """
     log_r = ref_logps - logps
-    return {"k1": -log_r, "k2": log_r**2 / 2, "k3": torch.expm1(log_r) - log_r}[kind]
+    if kind == "k1":
+        return -log_r
+    if kind == "k2":
+        return log_r**2 / 2
+    if kind == "k3":
+        return torch.expm1(log_r) - log_r
+    raise ValueError(f"No estimator of the KL is called {kind!r}: k1, k2 or k3.")
+
 
 def exact_kl(logits, ref_logits):
-    """KL(pi || pi_ref) = sum_v pi(v) (log pi(v) - log pi_ref(v)): (..., V) -> (...), nats."""
-    logps, ref_logps = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+    """KL(pi || pi_ref) = sum_v pi(v) (log pi(v) - log pi_ref(v)) in nats: (..., V) -> (...).
+
+    What `kl_estimate` estimates at one token (the book's kl_full, 8.1.2). Logits for each word of
+    the vocabulary are too many to keep, so no script calls it; tests compare with it.
+    """
+    logps = logits.float().log_softmax(-1)
+    ref_logps = ref_logits.float().log_softmax(-1)
     return (logps.exp() * (logps - ref_logps)).sum(-1)
 
+
 def masked_mean(x, mask, dim=None):
-    """Mean of x where mask is True, over `dim` or over all; 0 where nothing is."""
+    """Mean of x where mask is True, over `dim` or over all; 0 where mask is nowhere True."""
     return (x * mask).sum(dim) / mask.sum(dim).clamp(min=1)
-
-# --- Rewards --------------------------------------------------------------------------------------
-
-def load_reward(reward, verifier, model="", device="cpu", dtype="auto", micro_batch_size=8,
-                by_step=False):
-    """-> score(prompts, completions, rows) -> list of R numbers, or of R lists, a number a step.
-    reward: "verifier" for the function `verifier`, or "FILE.py:function", called with three lists
-    of length R, prompts and rows repeated for each completion, rows with `ended` (`with_ended`).
-    model: a reward model, in its place. by_step: a number for each step of a completion, from a
-    process reward model P(right), not one for the solution."""
-    name = f"--reward-model {model}" if model else f"--reward {reward}"
-    path, _, attribute = reward.rpartition(":")
-    if model:
-        function = _model_reward(model, device, dtype, micro_batch_size, by_step)
-    else:
-        with stop_on_error(f"{name}: not FILE.py:function"):
-            function = verifier if reward == "verifier" else runpy.run_path(path)[attribute]
-
-    def score(prompts, completions, rows):
-        with stop_on_error(f"{name} failed"):
-            values = [[float(x) for x in v] if isinstance(v, list) else float(v)
-                      for v in function(prompts, completions, rows)]
-            if len(values) != len(completions):
-                raise ValueError(f"{len(values)} values for {len(completions)} completions")
-            for value, text in zip(values, completions, strict=True):
-                if isinstance(value, list) != by_step:
-                    raise ValueError(f"{value} for {text[:60]!r}: it needs " + (
-                        "a list, a number a step" if by_step else "one number; a list of steps'")
-                        + " with --supervision process")
-                if not math.isfinite(sum(value) if isinstance(value, list) else value):
-                    raise ValueError(f"{value} for {text[:60]!r}: not finite")
-        return values
-    return score
-
-def _model_reward(path, device, dtype, micro_batch_size, by_step):
-    with stop_on_error(f"--reward-model {path}: no model there"):
-        config = transformers.AutoConfig.from_pretrained(path)
-    token = "ForTokenClassification" in str(config.architectures)
-    name = f"AutoModelFor{'Token' if token else 'Sequence'}Classification"
-    model = load_model(getattr(transformers, name), path, device, dtype)
-    tokenizer, separator = load_tokenizer(path), getattr(config, "step_separator", "")
-    close = None
-    if not hasattr(config, "reward_bias"):  # not made here: Transformers reads the last id not pad
-        close = after_answer(tokenizer) or [end_of_turn(tokenizer)]
-        while close[-1:] == [getattr(config, "pad_token_id", None)]:
-            close.pop()
-    how = getattr(config, "solution_score", "" if token else "last")
-    if not token and config.num_labels != 1:
-        stop(f"--reward-model {path}: has {config.num_labels} labels, not 1")
-    if not how or by_step and not separator:
-        stop(f"--reward-model {path}: its config.json does not say how to read the steps: make it "
-             "with prm.py" + " --supervision process" * by_step)
-
-    @torch.no_grad()
-    def function(prompts, completions, rows):
-        # From the texts: the reward model may have another tokenizer and template.
-        texts = [[x for x in c.split(separator) if x.strip()] if separator else [c]
-                 for c in completions]
-        encoded = [encode_steps(tokenizer, prompt, steps, separator,
-                                close if row.get("ended", True) else [])
-                   for prompt, steps, row in zip(prompts, texts, rows, strict=True)]
-        values, lengths = [0.0] * len(encoded), torch.tensor([len(ids) for _, ids, _ in encoded])
-        for mb in lengths.argsort().split(micro_batch_size):  # by length: little padding
-            prompt_rows, ids, ends = zip(*[encoded[i] for i in mb], strict=True)
-            batch = Batch(*pad(prompt_rows, "left"), *pad(ids, "right"), torch.arange(len(mb)))
-            scores = completion_scores(model, batch.to(device)).cpu()
-            for i, score, end in zip(mb.tolist(), scores, ends, strict=True):
-                steps = positive_probs(score[end]) if token else score[end, 0]
-                whole = torch.ones(1, len(end), dtype=torch.bool)
-                values[i] = (steps.tolist() if by_step else
-                             solution_score(steps[None], whole, how).item())
-        return values
-    return function
-
-def positive_probs(logits):
-    """Of steps: logits (..., classes) -> (...): 1 - P(wrong), so neutral is positive, as it is for
-    Lightman 2023; of one logit the sigmoid."""
-    one = logits.shape[-1] == 1
-    return logits[..., 0].sigmoid() if one else logits.softmax(-1)[..., 1:].sum(-1)
-
-def solution_score(step_probs, step_mask, how):
-    """Probabilities and mask of steps (R, S) -> (R,): their product (Lightman 2023: the chance that
-    every step is right), minimum, last or mean (book 7.6). Without a step 0, not the empty
-    product's 1."""
-    step_probs, step_mask = (torch.nn.functional.pad(x, (0, 1)) for x in (step_probs, step_mask))
-    if how == "last":
-        places = step_mask * torch.arange(step_mask.shape[1], device=step_mask.device)
-        scores = step_probs.gather(1, places.max(1, keepdim=True).values)[:, 0]
-    elif how == "mean":
-        scores = masked_mean(step_probs, step_mask, 1)
-    else:
-        probs = step_probs.masked_fill(~step_mask, 1.0)
-        scores = {"product": probs.prod(1), "minimum": probs.min(1).values}[how]
-    return scores * step_mask.any(1)

@@ -1,27 +1,35 @@
 """DPO + NLL: direct preference optimisation with the chosen completion's likelihood in the loss.
 
 Rafailov et al. 2023 (DPO, arXiv:2305.18290); Pang et al. 2024 (Iterative RPO, arXiv:2404.19733).
-Read beside the RLHF Book (draft of January 2025; "Direct Alignment" in later editions):
-    dpo_loss      8.2, 12: DPO on sums of log-probs; with a margin 8.3; label smoothing is cDPO
-    nll_loss      8.2: the second term of DPO + NLL
+Raise the log-ratio to the reference of the better completion above that of the worse one, and, by
+the negative log-likelihood (NLL), keep the better one likely.
+
+Read beside the RLHF Book, draft of January 2025 (the printed edition has chapter 12 as chapter 8
+and chapter 8 as chapter 15). c and w (chosen, winner) are the better completion, r and l (rejected,
+loser) the worse one:
+    dpo_nll_loss  8.2: the whole formula
+    dpo_loss      8.2, 12: its first term; with a margin 8.3; label smoothing is cDPO
+    nll_loss      8.2: its second term
     rpo_loss      8.3: reward-aware (Nemotron-4, arXiv:2406.11704)
-    rebel_loss    8.3: regression to the rewards' difference (arXiv:2404.16767)
+    rebel_loss    8.3: regression to the rewards' difference (REBEL, arXiv:2404.16767)
     ipo_loss      arXiv:2310.12036, not in the book
 
-Differs from the print:
+How the code departs from the print:
     1. 8.2 prints the second log-ratio with the chosen completion. It is the rejected one's.
     2. 8.3 prints the margin outside the sigmoid, where it has no gradient. It is inside.
     3. Only the NLL is divided by the completion's length; DPO sums over its tokens.
+    4. IPO sums over tokens here. Its authors' code takes the mean: --normalize-length.
+    5. REBEL is as printed. The code of its authors minimises eta squared times that.
 
-    python dpo_nll.py                                     # the toy's pairs, in a minute
+    python dpo_nll.py                                     # the toy's pairs, in half a minute
     python dpo_nll.py --iterations 3 --dataset toy/problems_train.jsonl        # Iterative RPO
     python dpo_nll.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset preferences.jsonl
 
-To use it elsewhere, copy this file, common.py and plumbing.py.
+To use it elsewhere, copy this file, common.py and plumbing.py, and pass --model and --dataset.
 """
+
 import math
 import random
-import re
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -30,276 +38,462 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import (Run, answer_text, check_prompts, completion_logps, encode, encode_prompt,
-                    fixed_logps, generate, greedy_rewards, kl_from_start, load_model, load_reward,
-                    load_rows, load_splits, load_tokenizer, parse_args, pick_device, stop,
-                    stop_on_error, update, with_ended)
+from common import completion_logps, encode, encode_prompt, fixed_logps, generate
+from plumbing import (
+    Run,
+    answer_text,
+    check_finite,
+    check_prompts,
+    greedy_rewards,
+    is_verified,
+    kl_from_start,
+    last_number,
+    load_model,
+    load_reward,
+    load_rows,
+    load_splits,
+    load_tokenizer,
+    pick_device,
+    run_script,
+    stop,
+    stop_on_error,
+    with_ended,
+)
+
 
 @dataclass
 class Args:
-    model: str  # policy to train, and its first reference: a folder or a name on the hub
+    model: str  # policy to train, and its first reference: a folder, or a name on the hub
     dataset: str
-    """JSON Lines or owner/name:split of the hub: `prompt`, `chosen`, `rejected`, for some losses
-    `margin` or `score_chosen`, `score_rejected`; for --iterations `prompt` and `answer`"""
-    eval_dataset: str = ""  # held-out rows of the same form; else --eval-size prompts of --dataset
-    eval_prompts: str = ""  # rows with `prompt` and what --reward reads, for greedy answers
-    output_dir: str = "runs/dpo_nll"  # folder of the run: metrics, pairs, checkpoint, final model
-    resume: bool = False  # go on from the checkpoint in --output-dir, with the same flags
+    """training rows, JSON Lines or owner/name:split on the hub: `prompt`, `chosen`, `rejected`, for
+    some losses `margin` or `score_chosen`, `score_rejected`; for --iterations `prompt`, and
+    `answer` for the verifier"""
+    eval_dataset: str = ""
+    """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
+    eval_prompts: str = ""
+    """rows with `prompt`, and what --reward reads: they are answered greedily at each evaluation"""
+
+    output_dir: str = "runs/dpo_nll"  # folder for metrics, pairs, samples, checkpoint, final model
+    resume: bool = False  # continue from the checkpoint in --output-dir, with the same flags
     overwrite: bool = False  # replace the run in --output-dir
-    seed: int = 0  # seed of the data's order and of sampling
-    device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
+    seed: int = 0  # seed for shuffling and sampling
+    device: str = "auto"  # torch device; auto: cuda if there is one, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward pass (autocast; the weights are float32); auto: bfloat16 where cuda has it"""
+    """dtype of the forward pass, while weights are float32; auto: bfloat16 if cuda supports it"""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
-    share_prompts: bool = True  # a prompt is computed once for all its completions: same result
+    """recompute activations in the backward pass: less memory, more time, prompts are not shared"""
+    share_prompts: bool = True
+    """compute a prompt once for all of its completions; the result is the same"""
 
     loss: Literal["dpo", "ipo", "rpo", "rebel"] = "dpo"  # the preference term
-    beta: float = 0.1  # of dpo, ipo and rpo: scale of the implicit rewards (Pang 2024: 0.1)
-    alpha: float = 1.0  # weight of the NLL of the chosen completion (Pang 2024: 1); 0: plain DPO
-    margin_scale: float = 0.0  # of dpo: factor of a row's `margin` (8.3)
-    label_smoothing: float = 0.0  # of dpo: chance that a pair is the wrong way round (cDPO)
-    eta: float = 1.0  # of rpo and rebel: scale of the rows' rewards
-    normalize_length: bool = False  # divide a completion's log-prob by its tokens (Tulu 3, beta 5)
-    precompute_ref: bool = True  # keep the reference's log-probs; no: the model; same result
+    beta: float = 0.1
+    """scale of the implicit rewards in dpo, ipo and rpo (Pang et al.: 0.1)"""
+    alpha: float = 1.0
+    """weight of the NLL of the chosen completion (Pang et al.: 1); 0: no such term, plain DPO"""
+    margin_scale: float = 0.0  # factor of a row's `margin` in dpo (8.3)
+    label_smoothing: float = 0.0  # chance that a pair is the wrong way round, in dpo (cDPO)
+    eta: float = 1.0  # scale of the rows' rewards in rpo and rebel
+    normalize_length: bool = False
+    """divide a completion's log-prob by its number of tokens (Tulu 3, with beta 5)"""
+    precompute_ref: bool = True
+    """keep the reference's log-probs; if false, keep the model: the result is the same"""
 
-    iterations: int = 0  # rounds: sample, pair by reward, train, be the reference; 0: --dataset
     reward: str = "verifier"
-    """verifier: is `answer` the last number? Or FILE.py:function(prompts, completions, rows)"""
-    reward_model: str = ""  # folder of a reward model, used in place of --reward
-    num_prompts: int = 1024  # prompts sampled an iteration
-    num_generations: int = 8  # completions sampled of each (Pang 2024: 30)
+    """for --iterations and --eval-prompts. verifier: 1 if the last number of the completion is the
+    row's `answer`, else 0; or FILE.py:function, which gets three lists (prompts, completions, rows)
+    and returns one number per completion"""
+    reward_model: str = ""  # folder or hub name of a reward model, used instead of --reward
+
+    iterations: int = 0
+    """rounds of sampling, pairing by reward and training, each with the policy it begins with as
+    its reference; 0: train on the pairs of --dataset"""
+    num_prompts: int = 1024  # prompts sampled from per iteration
+    num_generations: int = 8  # completions sampled per prompt (Pang et al.: 30)
     num_pairs: int = 1024  # pairs made of them, a better and a worse completion of one prompt each
-    max_new_tokens: int = 256  # longest completion
-    temperature: float = 1.0  # of sampling (Pang 2024: 0.8)
+    max_new_tokens: int = 256  # longest completion that is sampled, in tokens
+    temperature: float = 1.0  # temperature of sampling (Pang et al.: 0.8)
 
     num_epochs: int = 1  # passes over the pairs, in each iteration
-    batch_size: int = 64  # pairs a step (Tulu 3: 128)
-    micro_batch_size: int = 8  # completions a forward pass; changes the memory, not the gradient
-    max_length: int = 1024  # tokens of prompt and completion; longer completions are cut
-    learning_rate: float = 7e-7  # peak of AdamW's (Pang 2024: 7e-7)
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up
-    warmup_ratio: float = 0.1  # share of the steps in which it rises from 0 (Tulu 3: 0.1)
-    max_grad_norm: float = 1.0  # largest norm of the gradient; longer ones are scaled down to it
+    batch_size: int = 64  # pairs per step (Tulu 3: 128)
+    micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
+    max_length: int = 1024  # longest prompt and completion, in tokens; longer completions are cut
+    learning_rate: float = 7e-7  # peak learning rate of AdamW (Pang et al.: 7e-7)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """course of the learning rate after the warm-up; linear and cosine fall to 0"""
+    warmup_ratio: float = 0.1  # fraction of the steps used for linear warm-up (Tulu 3: 0.1)
+    max_grad_norm: float = 1.0  # largest norm of the gradient; a longer one is scaled down to it
 
-    eval_size: int = 64  # prompts held out, at most a tenth; and first rows of --eval-prompts
+    eval_size: int = 64
+    """number of prompts held out of --dataset, at most a tenth, without --eval-dataset; and number
+    of rows of --eval-prompts that are used; 0: none"""
     eval_every: int = 100  # steps between evaluations; also before the first and after the last
     checkpoint_every: int = 100  # steps between checkpoints
-    log_samples: int = 4  # completions an evaluation that go into samples.jsonl
+    log_samples: int = 4  # completions per evaluation written to samples.jsonl
 
-TOY = dict(model="toy/model", dataset="toy/pref_train.jsonl", eval_dataset="toy/pref_test.jsonl",
-           eval_prompts="toy/problems_test.jsonl", eval_size=500, max_new_tokens=48,
-           micro_batch_size=128, learning_rate=1e-4)
+
+TOY = dict(
+    model="toy/model",
+    dataset="toy/pref_train.jsonl",
+    eval_dataset="toy/pref_test.jsonl",
+    eval_prompts="toy/problems_test.jsonl",
+    eval_size=500,
+    max_new_tokens=48,
+    micro_batch_size=128,
+    learning_rate=1e-4,
+)
 
 # --- The algorithm --------------------------------------------------------------------------------
 # All (N,): log-probs of whole completions. The implicit reward of one is beta log(pi / pi_ref).
+
 
 def log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected):
     """delta = log pi/ref(y_c) - log pi/ref(y_r): four times (N,) -> (N,). Book 8.2."""
     return (chosen - ref_chosen) - (rejected - ref_rejected)
 
+
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, margin=0.0, label_smoothing=0.0):
     """-log sigmoid(beta delta - m), mean over pairs -> scalar. Book 8.2; 8.3 with margin m (N,).
 
-    With label smoothing e, -(1 - e) log sigmoid(z) - e log sigmoid(-z) (cDPO).
+    With label smoothing e: -(1 - e) log sigmoid(z) - e log sigmoid(-z), z = beta delta - m (cDPO).
     """
     z = beta * log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected) - margin
-    return -((1 - label_smoothing) * F.logsigmoid(z) + label_smoothing * F.logsigmoid(-z)).mean()
+    losses = -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    return losses.mean()
+
+
+def nll_loss(logps, mask):
+    """-1/|y| sum_t log pi(y_t), mean over completions: logps, mask (N, T) -> scalar. Book 8.2.
+
+    The length is that of the completion, without the prompt.
+    """
+    return -sequence_logps(logps, mask, normalize_length=True).mean()
+
+
+def dpo_nll_loss(preference_loss, chosen_nll, alpha):
+    """L = L_DPO + alpha L_NLL -> scalar. Book 8.2, one formula:
+
+    -log sigmoid(beta [log pi/ref(y_c) - log pi/ref(y_r)]) - alpha log pi(y_c) / |y_c|,
+
+    of which the first term is `dpo_loss` (or another preference loss), and the second is alpha
+    times `nll_loss` of the chosen completions.
+    """
+    return preference_loss + alpha * chosen_nll
+
 
 def ipo_loss(chosen, rejected, ref_chosen, ref_rejected, beta):
     """(delta - 1 / (2 beta))^2, mean over pairs -> scalar. Azar et al. 2023."""
     delta = log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected)
     return ((delta - 1 / (2 * beta)) ** 2).mean()
 
+
 def rpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, eta, gap):
     """KL(Bernoulli(sigmoid(eta gap)) || Bernoulli(sigmoid(beta delta))), mean over pairs -> scalar.
 
     gap (N,): reward of the chosen completion less that of the rejected one. Book 8.3.
     """
-    z, target = beta * log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected), eta * gap
-    right = F.logsigmoid(target) - F.logsigmoid(z)
-    wrong = F.logsigmoid(-target) - F.logsigmoid(-z)
-    return (target.sigmoid() * right + (-target).sigmoid() * wrong).mean()
+    z = beta * log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected)
+    target = eta * gap
+    log_ratio_right = F.logsigmoid(target) - F.logsigmoid(z)
+    log_ratio_wrong = F.logsigmoid(-target) - F.logsigmoid(-z)
+    kl = target.sigmoid() * log_ratio_right + (-target).sigmoid() * log_ratio_wrong
+    return kl.mean()
+
 
 def rebel_loss(chosen, rejected, ref_chosen, ref_rejected, eta, gap):
     """(delta / eta - gap)^2, mean over pairs -> scalar; gap as in `rpo_loss`. Book 8.3."""
     delta = log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected)
     return ((delta / eta - gap) ** 2).mean()
 
-def nll_loss(logps, mask):
-    """-1/|y| sum_t log pi(y_t), mean over completions: logps, mask (N, T) -> scalar. Book 8.2."""
-    return -sequence_logps(logps, mask, normalize_length=True).mean()
 
 def sequence_logps(logps, mask, normalize_length=False):
-    """Log-probs of tokens, 0 in padding, and mask (R, T) -> those of completions (R,): the sum."""
-    return logps.sum(1) / (mask.sum(1) if normalize_length else 1)
+    """Log-probs of tokens, 0 in padding, and mask (R, T) -> log-probs of completions (R,).
+
+    The sum over tokens; with normalize_length their mean.
+    """
+    if normalize_length:
+        return logps.sum(1) / mask.sum(1)
+    return logps.sum(1)
+
+
+def pair_accuracy(delta):
+    """Share of pairs (N,) in which delta is positive, zeros count half."""
+    return ((delta > 0).float() + (delta == 0).float() / 2).mean()
+
 
 # --- The task: change this for your own -----------------------------------------------------------
+
 
 def verifier(prompts, completions, rows):
     """1.0 where the last number of the completion equals the row's `answer`, else 0.0."""
     rewards = []
     for text, row in zip(completions, rows, strict=True):
-        last = (re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) or ["nan"])[-1]
-        answer = str(row["answer"]).replace(",", "")
-        rewards.append(float(float(last.replace(",", "")) == float(answer)))
+        answer = float(str(row["answer"]).replace(",", ""))
+        rewards.append(float(last_number(text) == answer))
     return rewards
+
 
 def to_pair(row):
     """A row -> texts of the chosen and the rejected completion."""
-    return [answer_text(row[side], row["prompt"]) for side in ("chosen", "rejected")]
+    chosen = answer_text(row["chosen"], row["prompt"])
+    rejected = answer_text(row["rejected"], row["prompt"])
+    return chosen, rejected
 
-# --- Training -------------------------------------------------------------------------------------
+
+# --- Pairs ----------------------------------------------------------------------------------------
+
 
 def read_pairs(path, loss):
-    """File -> list of {prompt, chosen, rejected, margin, gap}."""
-    pairs, columns = [], ["score_chosen", "score_rejected"] * (loss in ("rpo", "rebel"))
-    for n, row in enumerate(load_rows(path, "prompt", "chosen", "rejected", *columns), 1):
-        with stop_on_error(f"{path}, row {n}: cannot be read"):
+    """File -> list of {prompt, chosen, rejected, margin, gap}. Bad rows are named, stop the run."""
+    pairs = []
+    needs_scores = loss in ("rpo", "rebel")
+    columns = ["score_chosen", "score_rejected"] if needs_scores else []
+    for number, row in enumerate(load_rows(path, "prompt", "chosen", "rejected", *columns), 1):
+        with stop_on_error(f"{path}, row {number}: cannot be read"):
             chosen, rejected = to_pair(row)
             if not chosen.strip() or not rejected.strip():
                 raise ValueError("an empty completion")
-            gap = float(row["score_chosen"]) - float(row["score_rejected"]) if columns else 0.0
-            pairs.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected,
-                          "margin": float(row.get("margin") or 0.0), "gap": gap})
+            margin = float(row.get("margin") or 0.0)
+            gap = 0.0
+            if needs_scores:
+                gap = float(row["score_chosen"]) - float(row["score_rejected"])
+        pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+        pairs.append(pair | {"margin": margin, "gap": gap})
     return pairs
 
+
 def keep_different(pairs, tokenizer, max_length, name):
-    """Leave out pairs that are equal, at the latest when cut, or whose prompt fills max_length;
-    says how many, and how many completions are cut."""
-    kept, cut = [], 0
+    """Leave out pairs that are equal, perhaps only when cut, or whose prompt fills max_length.
+
+    Prints how many were dropped, and how many completions are cut.
+    """
+    kept = []
+    num_cut = 0
     for pair in pairs:
         room = max_length - len(encode_prompt(tokenizer, pair["prompt"]))
-        ids = tokenizer([pair["chosen"], pair["rejected"]], add_special_tokens=False)["input_ids"]
-        if room > 0 and ids[0][:room] != ids[1][:room]:
+        texts = [pair["chosen"], pair["rejected"]]
+        chosen, rejected = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        if room > 0 and chosen[:room] != rejected[:room]:
             kept.append(pair)
-            cut += sum(len(x) >= room for x in ids)
-    if cut or len(kept) < len(pairs):
-        print(f"{name}: of {len(pairs)} pairs, dropped {len(pairs) - len(kept)}: equal, also when "
-              f"cut, or the prompt fills --max-length {max_length}; cut {cut} completions")
-    return kept or (pairs and stop(f"{name}: no pair of two different completions"))
+            num_cut += (len(chosen) >= room) + (len(rejected) >= room)
+    num_dropped = len(pairs) - len(kept)
+    if num_cut or num_dropped:
+        print(
+            f"{name}: of {len(pairs)} pairs, dropped {num_dropped}: equal, also when cut, or the "
+            f"prompt fills --max-length {max_length}; cut {num_cut} completions"
+        )
+    if pairs and not kept:
+        stop(f"{name}: no pair of two different completions")
+    return kept
+
+
+def sample_groups(policy, tokenizer, score, rows, args):
+    """Sample and score --num-generations completions of each row's prompt.
+
+    -> [(prompt, [(reward, text, ended), ...]), ...] without empty completions, and the metrics.
+    """
+    G = args.num_generations
+    groups, rewards, all_ended = [], [], []
+    size = max(1, args.micro_batch_size // G)  # prompts at a time
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        prompts = [row["prompt"] for row in part]
+        sampling = (G, args.max_new_tokens, args.temperature)
+        batch, texts, ended = generate(policy, tokenizer, prompts, *sampling)
+        row_of_each = with_ended([part[i] for i in batch.prompt_of.tolist()], ended)
+        values = score([row["prompt"] for row in row_of_each], texts, row_of_each)
+        ended = ended.tolist()
+        rewards += values
+        all_ended += ended
+        candidates = list(zip(values, texts, ended, strict=True))
+        for i, prompt in enumerate(prompts):
+            group = candidates[i * G : (i + 1) * G]
+            groups.append((prompt, [candidate for candidate in group if candidate[1].strip()]))
+    metrics = {
+        "reward": sum(rewards) / len(rewards),
+        "ended": sum(all_ended) / len(all_ended),
+    }
+    return groups, metrics
+
 
 def sample_pairs(policy, tokenizer, score, rows, args):
-    """-> --num-pairs pairs of a better and a worse completion of a prompt, metrics. Prompts whose
-    completions all have one reward make none; the others take turns."""
-    groups, rewards, all_ended = [], [], []
-    size = max(1, args.micro_batch_size // args.num_generations)  # prompts at a time
-    for part in (rows[i:i + size] for i in range(0, len(rows), size)):
-        _, texts, ended = generate(policy, tokenizer, [row["prompt"] for row in part],
-                                   args.num_generations, args.max_new_tokens, args.temperature)
-        of_each = with_ended([row for row in part for _ in range(args.num_generations)], ended)
-        values = score([row["prompt"] for row in of_each], texts, of_each)
-        rewards += values
-        all_ended += ended.tolist()
-        for i, row in enumerate(part):
-            here = slice(i * args.num_generations, (i + 1) * args.num_generations)
-            group = zip(values[here], texts[here], ended[here].tolist(), strict=True)
-            group = [x for x in group if x[1].strip()]
-            if min(len({x[k] for x in group}) for k in (0, 1)) > 1:  # rewards, and texts, differ
-                groups.append((row["prompt"], group))
-    if not groups:
+    """-> --num-pairs pairs of a better and a worse completion of a prompt, and the metrics.
+
+    Prompts whose completions all have one reward, or one text, make no pair; the others take turns.
+    """
+    groups, metrics = sample_groups(policy, tokenizer, score, rows, args)
+    usable = []
+    for prompt, group in groups:
+        rewards_differ = len({reward for reward, _, _ in group}) > 1
+        texts_differ = len({text for _, text, _ in group}) > 1
+        if rewards_differ and texts_differ:
+            usable.append((prompt, group))
+    if not usable:
         stop("no prompt has two completions of different reward: nothing to learn from")
-    pairs, draw = [], random.Random(args.seed)
+    metrics["no_signal"] = 1 - len(usable) / len(rows)
+    pairs = []
+    draw = random.Random(args.seed)
     while len(pairs) < args.num_pairs:
-        prompt, group = groups[len(pairs) % len(groups)]
-        (low, rejected, low_ended), (high, chosen, high_ended) = sorted(draw.sample(group, 2))
-        if low < high and chosen != rejected:
-            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": 0.0,
-                          "gap": high - low, "ended": [high_ended, low_ended]})
-    return pairs, {"reward": sum(rewards) / len(rewards), "no_signal": 1 - len(groups) / len(rows),
-                   "ended": sum(all_ended) / len(all_ended)}
+        prompt, group = usable[len(pairs) % len(usable)]
+        worse, better = sorted(draw.sample(group, 2))
+        low, rejected, rejected_ended = worse
+        high, chosen, chosen_ended = better
+        if low == high or chosen == rejected:
+            continue
+        pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": 0.0}
+        pairs.append(pair | {"gap": high - low, "ended": [chosen_ended, rejected_ended]})
+    return pairs, metrics
+
 
 def collate(pairs, tokenizer, max_length):
-    """-> Batch, the chosen completion of each pair before the rejected one; margins, gaps (N,)."""
-    batch = encode(tokenizer, [pair["prompt"] for pair in pairs],
-                   [[pair["chosen"], pair["rejected"]] for pair in pairs], max_length,
-                   [x for pair in pairs for x in pair.get("ended", [True, True])])
-    return batch, *(torch.tensor([pair[key] for pair in pairs]) for key in ("margin", "gap"))
+    """-> Batch, each chosen completion before its rejected one; margins, gaps (N,)."""
+    prompts = [pair["prompt"] for pair in pairs]
+    completions = [[pair["chosen"], pair["rejected"]] for pair in pairs]
+    ended = []
+    for pair in pairs:
+        ended += pair.get("ended", [True, True])
+    batch = encode(tokenizer, prompts, completions, max_length, ended)
+    margins = torch.tensor([pair["margin"] for pair in pairs])
+    gaps = torch.tensor([pair["gap"] for pair in pairs])
+    return batch, margins, gaps
+
 
 def all_logps(model, tokenizer, pairs, max_length, args):
     """Log-probs of the chosen and the rejected completions, no gradient -> (N, 2) on the CPU."""
     rows = []
-    for i in range(0, len(pairs), args.batch_size):
-        batch = collate(pairs[i:i + args.batch_size], tokenizer, max_length)[0].to(model.device)
+    for start in range(0, len(pairs), args.batch_size):
+        part = pairs[start : start + args.batch_size]
+        batch, _, _ = collate(part, tokenizer, max_length)
+        batch = batch.to(model.device)
         logps = fixed_logps(model, batch, 1.0, args.micro_batch_size, args.share_prompts)
         rows.append(sequence_logps(logps, batch.completion_mask, args.normalize_length).cpu())
     return torch.cat(rows).view(-1, 2)
 
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def check_margins(args, pairs):
+    """Stop where --margin-scale has nothing to scale."""
+    if args.margin_scale:
+        has_margins = any(pair["margin"] for pair in pairs)
+        if args.loss != "dpo" or not has_margins:
+            stop(
+                "--margin-scale needs --loss dpo and pairs with `margin`, which sampled ones do "
+                "not have"
+            )
+
+
+def load_data(args, tokenizer, max_length):
+    """-> rows to sample from with --iterations, pairs, held-out pairs, rows to answer."""
+    columns = ["prompt", "answer"] if is_verified(args) else ["prompt"]
+    eval_rows = []
+    if args.eval_prompts:
+        eval_rows = load_rows(args.eval_prompts, *columns)[: args.eval_size]
+    if args.iterations:
+        return load_rows(args.dataset, *columns), [], [], eval_rows
+    pairs, eval_pairs = load_splits(args, lambda path: read_pairs(path, args.loss))
+    pairs = keep_different(pairs, tokenizer, max_length, args.dataset)
+    eval_name = args.eval_dataset or "held out"
+    eval_pairs = keep_different(eval_pairs, tokenizer, max_length, eval_name)
+    return [], pairs, eval_pairs, eval_rows
+
+
+def preference_loss(four, args, margin, gap):
+    """The preference term that --loss names: four log-probs, margin, gap (N,) -> scalar."""
+    if args.loss == "dpo":
+        return dpo_loss(*four, args.beta, margin, args.label_smoothing)
+    if args.loss == "ipo":
+        return ipo_loss(*four, args.beta)
+    if args.loss == "rpo":
+        return rpo_loss(*four, args.beta, args.eta, gap)
+    return rebel_loss(*four, args.eta, gap)
+
+
+def draw_pairs(policy, tokenizer, score, rows, args, iteration):
+    """Pairs of an iteration, sampled from the policy as it is now, and the metrics."""
+    draw = random.Random(f"{args.seed} {iteration}")
+    drawn = draw.sample(rows, min(args.num_prompts, len(rows)))
+    torch.manual_seed(draw.getrandbits(32))  # so that a resumed run samples the same
+    pairs, metrics = sample_pairs(policy, tokenizer, score, drawn, args)
+    return pairs, metrics | {"iteration": iteration}
+
+
+def add_reference(pairs, policy, ref, tokenizer, max_length, args):
+    """Make the policy as it is now the reference of these pairs -> pairs.
+
+    Its weights go into `ref`; where there is no such model, its log-probs go into the pairs.
+    """
+    if ref:
+        ref.load_state_dict(policy.state_dict())
+        return pairs
+    logps = all_logps(policy, tokenizer, pairs, max_length, args).tolist()
+    return [pair | {"ref_logps": two} for pair, two in zip(pairs, logps, strict=True)]
+
+
+def shuffled(num_pairs, args, iteration):
+    """Places of the pairs of an iteration, each epoch in an order of its own."""
+    order = []
+    for epoch in range(args.num_epochs):
+        shuffle = random.Random(f"{args.seed} {iteration} {epoch}")
+        order += shuffle.sample(range(num_pairs), num_pairs)
+    return order
+
+
 def main(args: Args):
     run = Run(args)
     torch.manual_seed(args.seed)
-    random.seed(args.seed)  # for a --reward of yours
-    device, tokenizer = pick_device(args.device), load_tokenizer(args.model)
-    score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype,
-                        args.micro_batch_size)
-    verified = args.reward == "verifier" and not args.reward_model
-    columns = ("prompt", "answer") if verified else ("prompt",)
-    load = AutoModelForCausalLM, args.model, device, args.dtype
-    policy = load_model(*load, args.gradient_checkpointing)
+    random.seed(args.seed)  # for rewards that draw random numbers
+    device = pick_device(args.device)
+    tokenizer = load_tokenizer(args.model)
+    model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
+    score = load_reward(args.reward, verifier, *model_options)
+    recompute = args.gradient_checkpointing
+    policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
     max_length = min(args.max_length, policy.context)
-    eval_rows = load_rows(args.eval_prompts, *columns)[:args.eval_size] if args.eval_prompts else []
-    rows = load_rows(args.dataset, *columns) if args.iterations else []
-    pairs, eval_pairs = ([], []) if args.iterations else load_splits(
-        args, lambda path: read_pairs(path, args.loss))
-    pairs = keep_different(pairs, tokenizer, max_length, args.dataset)
-    eval_pairs = keep_different(eval_pairs, tokenizer, max_length, args.eval_dataset or "held out")
-    if args.margin_scale and (args.loss != "dpo" or not any(pair["margin"] for pair in pairs)):
-        stop("--margin-scale needs --loss dpo and pairs with `margin`, which sampled ones have not")
+    rows, pairs, eval_pairs, eval_rows = load_data(args, tokenizer, max_length)
+    check_margins(args, pairs)
     policy.context = max_length  # what is sampled must fit in training, too
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
     num_pairs = args.num_pairs if args.iterations else len(pairs)
-    ref = None if args.precompute_ref else load_model(*load)
-    steps_each = math.ceil(num_pairs * args.num_epochs / args.batch_size)  # in an iteration
-    num_steps = steps_each * max(1, args.iterations)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0,
-                                  fused=True)
-    warmup = round(args.warmup_ratio * num_steps)
+    load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
+    ref = None if args.precompute_ref else load_model(*load_again)
+    steps_per_iteration = math.ceil(num_pairs * args.num_epochs / args.batch_size)
+    num_steps = steps_per_iteration * max(1, args.iterations)
+    lr = args.learning_rate
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
     schedule = args.lr_schedule if args.lr_schedule != "constant" else "constant_with_warmup"
+    warmup = round(args.warmup_ratio * num_steps)
     scheduler = get_scheduler(schedule, optimizer, warmup, num_steps)
     parts = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler}
-    run.begin(parts | ({"ref": ref} if ref else {}), num_steps)
-
-    scale = 1 / args.eta if args.loss == "rebel" else args.beta  # of the implicit rewards
+    if ref:
+        parts["ref"] = ref
+    run.begin(parts, num_steps)
+    run.describe(policy, len(rows or pairs), len(eval_pairs), f"{args.batch_size} pairs")
+    reward_scale = 1 / args.eta if args.loss == "rebel" else args.beta  # of the implicit rewards
 
     def report():
-        if not (eval_pairs or eval_rows):
+        if not eval_pairs and not eval_rows:
             return
-        start, metrics = load_model(*load), {}
+        start_model = load_model(*load_again)
+        metrics = {}
         if eval_pairs:
-            logps, ref_logps = (all_logps(m, tokenizer, eval_pairs, max_length, args)
-                                for m in (policy, start))
-            delta = log_ratio_difference(*logps.T, *ref_logps.T)
-            metrics |= {"eval_pair_accuracy": ((delta > 0).float() + (delta == 0) / 2).mean(),
-                        "eval_margin": scale * delta.mean()}
+            logps = all_logps(policy, tokenizer, eval_pairs, max_length, args)
+            start_logps = all_logps(start_model, tokenizer, eval_pairs, max_length, args)
+            delta = log_ratio_difference(*logps.T, *start_logps.T)
+            metrics["eval_pair_accuracy"] = pair_accuracy(delta)
+            metrics["eval_margin"] = reward_scale * delta.mean()
         if eval_rows:
-            values = greedy_rewards(policy, tokenizer, score, eval_rows, args.max_new_tokens,
-                                    args.batch_size)
+            how = (args.max_new_tokens, args.batch_size)
+            values, texts = greedy_rewards(policy, tokenizer, score, eval_rows, *how)
             torch.manual_seed(args.seed)
             prompts = [row["prompt"] for row in eval_rows]
-            kl, texts = kl_from_start(policy, start, tokenizer, prompts, args.max_new_tokens,
-                                      args.micro_batch_size)
-            metrics |= {"eval_accuracy" if verified else "eval_reward": sum(values) / len(values),
-                        "eval_kl": kl.mean()}
-            run.samples(*(x[:args.log_samples] for x in (prompts, texts)))
+            how = (args.max_new_tokens, args.micro_batch_size)
+            kl, _ = kl_from_start(policy, start_model, tokenizer, prompts, *how)
+            name = "eval_accuracy" if is_verified(args) else "eval_reward"
+            metrics[name] = sum(values) / len(values)
+            metrics["eval_kl"] = kl.mean()
+            run.samples(prompts, texts, values, held_out=True)
         run.log(metrics, "eval_accuracy", "eval_reward", "eval_pair_accuracy", "eval_kl")
-
-    def new_pairs(iteration):
-        """Pairs of an iteration; the policy as it is now is their reference."""
-        if args.iterations:
-            here = random.Random(f"{args.seed} {iteration}")
-            drawn = here.sample(rows, min(args.num_prompts, len(rows)))
-            torch.manual_seed(here.getrandbits(32))  # so that a resumed run samples the same
-            found, metrics = sample_pairs(policy, tokenizer, score, drawn, args)
-            run.log(metrics | {"iteration": iteration}, "reward")
-        else:
-            found = pairs
-        if ref:
-            ref.load_state_dict(policy.state_dict())
-        else:
-            ref_logps = all_logps(policy, tokenizer, found, max_length, args).tolist()
-            found = [p | {"ref_logps": x} for p, x in zip(found, ref_logps, strict=True)]
-        run.write_rows(f"pairs/{iteration}.jsonl", found)
-        return found
 
     if run.step == 0:
         report()
@@ -307,57 +501,75 @@ def main(args: Args):
     for step in run.steps():
         start = time.time()
         # 1. Draw the pairs of this step; a new iteration has pairs and a reference of its own
-        iteration, k = divmod(step - 1, steps_each)
-        if k == 0 or not current:  # not: resumed
-            current = new_pairs(iteration) if k == 0 else load_rows(
-                run.folder / "pairs" / f"{iteration}.jsonl")
-            order = [i for epoch in range(args.num_epochs) for i in random.Random(
-                f"{args.seed} {iteration} {epoch}").sample(range(num_pairs), num_pairs)]
-        drawn = [current[i] for i in order[k * args.batch_size:(k + 1) * args.batch_size]]
-        batch, margins, gaps = (x.to(device) for x in collate(drawn, tokenizer, max_length))
-        ref_logps = (all_logps(ref, tokenizer, drawn, max_length, args) if ref else
-                     torch.tensor([pair["ref_logps"] for pair in drawn])).to(device)  # (N, 2)
+        iteration, k = divmod(step - 1, steps_per_iteration)
+        if k == 0:
+            if args.iterations:
+                found, metrics = draw_pairs(policy, tokenizer, score, rows, args, iteration)
+                run.log(metrics, "reward")
+            else:
+                found = pairs
+            current = add_reference(found, policy, ref, tokenizer, max_length, args)
+            run.write_rows(f"pairs/{iteration}.jsonl", current)
+        elif not current:  # resumed
+            current = load_rows(run.folder / "pairs" / f"{iteration}.jsonl")
+        order = shuffled(num_pairs, args, iteration)
+        drawn = [current[i] for i in order[k * args.batch_size : (k + 1) * args.batch_size]]
+        batch, margins, gaps = collate(drawn, tokenizer, max_length)
+        batch, margins, gaps = batch.to(device), margins.to(device), gaps.to(device)
+        if ref:
+            ref_logps = all_logps(ref, tokenizer, drawn, max_length, args).to(device)  # (N, 2)
+        else:
+            ref_logps = torch.tensor([pair["ref_logps"] for pair in drawn]).to(device)
 
         # 2. Log-probs and loss; each micro-batch weighs as much as its share of the step's pairs
-        loss, nll, logps = 0.0, 0.0, torch.zeros_like(ref_logps)
+        loss, nll = 0.0, 0.0
+        logps = torch.zeros_like(ref_logps)
         for mb in batch.split(args.micro_batch_size, whole_prompts=True):
-            part, of = batch.rows(mb), batch.prompt_of[mb][::2]
+            part = batch.rows(mb)
+            pair = batch.prompt_of[mb][::2]  # places of the pairs; their completions take turns
             token_logps = completion_logps(policy, part, 1.0, args.share_prompts)
-            mb_logps = sequence_logps(token_logps, part.completion_mask,
-                                      args.normalize_length).view(-1, 2)
-            four = *mb_logps.T, *ref_logps[of].T
-            if args.loss == "dpo":
-                mb_loss = dpo_loss(*four, args.beta, args.margin_scale * margins[of],
-                                   args.label_smoothing)
-            elif args.loss == "ipo":
-                mb_loss = ipo_loss(*four, args.beta)
-            elif args.loss == "rpo":
-                mb_loss = rpo_loss(*four, args.beta, args.eta, gaps[of])
-            else:
-                mb_loss = rebel_loss(*four, args.eta, gaps[of])
-            mb_nll = nll_loss(token_logps[::2], part.completion_mask[::2])
-            mb_loss = (mb_loss + args.alpha * mb_nll) * len(of) / len(drawn)
+            mask = part.completion_mask
+            mb_logps = sequence_logps(token_logps, mask, args.normalize_length).view(-1, 2)
+            four = (mb_logps[:, 0], mb_logps[:, 1], ref_logps[pair, 0], ref_logps[pair, 1])
+            margin = args.margin_scale * margins[pair]
+            mb_loss = preference_loss(four, args, margin, gaps[pair])
+            mb_nll = nll_loss(token_logps[::2], mask[::2])
+            share = len(pair) / len(drawn)
+            mb_loss = dpo_nll_loss(mb_loss, mb_nll, args.alpha) * share
             mb_loss.backward()
             loss += mb_loss.item()
-            nll += mb_nll.item() * len(of) / len(drawn)
-            logps[of] = mb_logps.detach()
+            nll += mb_nll.item() * share
+            logps[pair] = mb_logps.detach()
 
         # 3. Gradient step
         lr = scheduler.get_last_lr()[0]
-        grad_norm = update(optimizer, scheduler, loss, args.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+        check_finite(loss, grad_norm.item())
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
 
         # 4. Log
-        rewards = scale * (logps - ref_logps)  # implicit
+        rewards = reward_scale * (logps - ref_logps)  # implicit, (N, 2)
         margin = rewards[:, 0] - rewards[:, 1]
-        run.log({"loss": loss, "nll": nll, "margin": margin.mean(),
-                 "accuracy": ((margin > 0).float() + (margin == 0) / 2).mean(),
-                 "reward_chosen": rewards[:, 0].mean(), "reward_rejected": rewards[:, 1].mean(),
-                 "logps_chosen": logps[:, 0].mean(), "logps_rejected": logps[:, 1].mean(),
-                 "grad_norm": grad_norm, "lr": lr, "tokens_per_second":
-                 batch.completion_mask.sum().item() / (time.time() - start)}, "loss", "accuracy")
+        metrics = {
+            "loss": loss,
+            "nll": nll,
+            "margin": margin.mean(),
+            "accuracy": pair_accuracy(margin),
+            "reward_chosen": rewards[:, 0].mean(),
+            "reward_rejected": rewards[:, 1].mean(),
+            "logps_chosen": logps[:, 0].mean(),
+            "logps_rejected": logps[:, 1].mean(),
+            "grad_norm": grad_norm.item(),
+            "lr": lr,
+            "tokens_per_second": batch.completion_mask.sum().item() / (time.time() - start),
+        }
+        run.log(metrics, "loss", "accuracy")
         if step % args.eval_every == 0 or step == num_steps:
             report()
     run.finish(tokenizer, {"final": policy})
 
+
 if __name__ == "__main__":
-    main(parse_args(Args, TOY))
+    run_script(main, Args, TOY)

@@ -1,26 +1,37 @@
 """GRPO, group relative policy optimisation (Shao et al. 2024, DeepSeekMath, arXiv:2402.03300).
 
-Read beside the RLHF Book (draft of January 2025; "Policy Gradient" in later editions):
+Sample a group of completions for each prompt, and judge each by how much better it is than the mean
+of its group: no critic.
+
+Read beside the RLHF Book, draft of January 2025 (the printed edition has chapter 11 as chapter 6
+and chapter 8 as chapter 15):
     group_advantages      11.1.5, eq. 10: outcome supervision
     process_advantages    11.1.5, the draft's TODO: process supervision (DeepSeekMath 4.1.3)
     token_weights         11.2.3, the mean over tokens, and two others
     grpo_loss             11.1.5 the objective, 11.2.3 the code, 11.2.2.1 eq. 11
     kl_estimate           8.1, in common.py: its three forms and their gradients
+    clip_frac, approx_kl  11.4, logged by main
 
-Differs from the print:
+How the code departs from the print:
     1. 11.2.3 prints r + beta KL and L_pg - beta KL. The KL is a cost: L_pg + beta KL.
-    2. 11.2.1 calls the ratio one to the reference model. It is one to the policy that sampled.
-    3. The mean over tokens is a sum with fixed weights, so that micro-batches add up exactly.
-    4. The mask keeps the EOS: the policy learns when to stop.
-    5. 11.2.3 has (difference)^2 / 2 for approx_kl. Here it is k3: unbiased.
+    2. 11.2.1 says the ratio compares with the reference model. It compares with the policy that
+       generated the completions.
+    3. 11.2.3 speaks of summed losses, and its code takes a mean. Here the mean over tokens is a sum
+       with fixed weights, so that micro-batches add up to exactly the same gradient.
+    4. The mask keeps the EOS (end of sequence) token: the policy learns when to stop.
+    5. 11.2.3 has (difference)^2 / 2 for approx_kl. Here it is k3, which is unbiased.
+    6. 11.2 gives completions without an EOS a fixed low reward. Here that is off by default, as in
+       DeepSeekMath: see --missing-eos-penalty.
+    7. The 1e-4 under the standard deviation of eq. 10 is from the code of 11.2.3.
+    8. With several gradient steps on the same completions, the KL term has no importance weight.
 
-    python grpo.py                                                     # the toy, in two minutes
+    python grpo.py                                                     # the toy, in a minute
     python grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math.jsonl
 
-To use it elsewhere, copy this file, common.py and plumbing.py.
+To use it elsewhere, copy this file, common.py and plumbing.py, and pass --model and --dataset.
 """
+
 import random
-import re
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -28,117 +39,175 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import (Run, check_prompts, completion_logps, fixed_logps, generate, greedy_rewards,
-                    has_answers, kl_estimate, load_model, load_reward, load_rows, load_splits,
-                    load_tokenizer, masked_mean, parse_args, pick_device, stop, update, with_ended)
+from common import completion_logps, fixed_logps, generate, kl_estimate, masked_mean
+from plumbing import (
+    Run,
+    check_finite,
+    check_prompts,
+    has_answers,
+    is_verified,
+    last_number,
+    load_model,
+    load_prompts,
+    load_reward,
+    load_tokenizer,
+    one_number,
+    pick_device,
+    report_greedy,
+    run_script,
+    stop,
+    with_ended,
+)
+
 
 @dataclass
 class Args:
-    model: str  # policy to train: a folder or a name on the hub
-    dataset: str  # JSON Lines or owner/name:split of the hub: `prompt`, and `answer` if verified
-    eval_dataset: str = ""  # held-out rows of the same form; else --eval-size prompts of --dataset
-    output_dir: str = "runs/grpo"  # folder of the run: metrics, curves, checkpoint, final model
-    resume: bool = False  # go on from the checkpoint in --output-dir, with the same flags
+    model: str  # policy to train: a folder, or a name on the hub
+    dataset: str
+    """training rows, JSON Lines or owner/name:split on the hub: `prompt`, and `answer` for the
+    verifier"""
+    eval_dataset: str = ""
+    """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
+
+    output_dir: str = "runs/grpo"  # folder for metrics, samples, curves, checkpoint and final model
+    resume: bool = False  # continue from the checkpoint in --output-dir, with the same flags
     overwrite: bool = False  # replace the run in --output-dir
-    seed: int = 0  # seed of the data's order and of sampling
-    device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
+    seed: int = 0  # seed for shuffling and sampling
+    device: str = "auto"  # torch device; auto: cuda if there is one, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward pass (autocast; the weights are float32); auto: bfloat16 where cuda has it"""
+    """dtype of the forward pass, while weights are float32; auto: bfloat16 if cuda supports it"""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, more time (no shared prompts)"""
-    share_prompts: bool = True  # a prompt is computed once for all its completions: same result
+    """recompute activations in the backward pass: less memory, more time, prompts are not shared"""
+    share_prompts: bool = True
+    """compute a prompt once for all of its completions; the result is the same"""
 
     reward: str = "verifier"
-    """verifier: 1 if the last number is `answer`; or FILE.py:function, called with the lists
-    prompts, completions, rows and returning a number for each (a list of them with process);
-    row["ended"]: not cut off"""
-    reward_model: str = ""  # folder of a reward model, used in place of --reward
+    """verifier: 1 if the last number of the completion is the row's `answer`, else 0; or
+    FILE.py:function, which gets three lists (prompts, completions, rows) and returns one number per
+    completion (a list of numbers with process supervision); rows[i]["ended"] is False if completion
+    i was cut off"""
+    reward_model: str = ""  # folder or hub name of a reward model, used instead of --reward
     missing_eos_penalty: float | None = None
-    """minus this is the reward of a completion cut off (N+: 1); None: scored as it stands"""
+    """the reward of a completion that hits --max-new-tokens is set to minus this value (Huang et
+    al. 2024: 1); None: score it like any other"""
     supervision: Literal["outcome", "process"] = "outcome"
-    """process: the reward gives each completion a list of numbers, one a step"""
-    step_separator: str = "\n"  # what ends a step, with process supervision; blank ones don't count
+    """process: the reward gives each completion a list of numbers, one per step"""
+    step_separator: str = r"\n"
+    """text that ends a step with process supervision; blank ones do not count; \\n is a new line"""
 
-    num_steps: int = 200  # steps, each on new completions
-    num_prompts: int = 16  # P, prompts a step (DeepSeekMath: 16)
-    num_generations: int = 8  # G, completions a prompt: the group of eq. 10 (DeepSeekMath: 64)
+    num_steps: int = 200  # number of steps, each on new completions
+    num_prompts: int = 16  # P, prompts per step (DeepSeekMath: 16)
+    num_generations: int = 8  # G, completions per prompt: the group of eq. 10 (DeepSeekMath: 64)
     max_new_tokens: int = 256  # longest completion, in tokens (DeepSeekMath: 1024)
-    temperature: float = 1.0  # of sampling, and of the log-probs
+    temperature: float = 1.0  # temperature of sampling, and of the log-probs
+
     num_epochs: int = 1  # passes over a step's completions (DeepSeekMath: 1)
-    num_minibatches: int = 1  # gradient steps a pass; where there is one in all, the ratio is 1
-    micro_batch_size: int = 8  # completions a forward pass; changes the memory, not the gradient
-
-    learning_rate: float = 1e-6  # peak of AdamW's (DeepSeekMath: 1e-6)
-    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"  # linear, cosine: down to 0
-    max_grad_norm: float = 1.0  # largest norm of the gradient; longer ones are scaled down to it
-    clip_eps: float = 0.2  # epsilon: the ratio is clipped to 1 - eps .. 1 + eps
-    clip_eps_high: float = 0.0  # epsilon of the upper bound (DAPO: 0.28); 0: that of --clip-eps
-    beta: float = 0.04  # weight of the KL in the loss (DeepSeekMath: 0.04); 0: no reference model
+    num_minibatches: int = 1
+    """gradient steps per pass; with one gradient step in all, the ratio is 1 (eq. 11)"""
+    micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
+    learning_rate: float = 1e-6  # peak learning rate of AdamW (DeepSeekMath: 1e-6)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """course of the learning rate; linear and cosine fall to 0"""
+    max_grad_norm: float = 1.0  # largest norm of the gradient; a longer one is scaled down to it
+    clip_eps: float = 0.2  # epsilon: the ratio is clipped to 1 - epsilon .. 1 + epsilon
+    clip_eps_high: float = 0.0
+    """epsilon of the upper bound (DAPO: 0.28); 0: the same as --clip-eps"""
+    beta: float = 0.04
+    """weight of the KL in the loss (DeepSeekMath: 0.04); 0: no reference model is loaded"""
     kl: Literal["k1", "k2", "k3"] = "k3"
-    """its estimator (DeepSeekMath: k3). Gradients: k1 none on average, k2 that of KL(pi || ref),
-    k3 that of KL(ref || pi)"""
-    scale_by_std: bool = True  # divide by the group's standard deviation; Dr. GRPO does not
+    """estimator of the KL (DeepSeekMath: k3); gradients per token: k1 none on average, k2 that of
+    KL(pi || ref), k3 that of KL(ref || pi)"""
+    scale_by_std: bool = True
+    """divide advantages by the group's standard deviation; Dr. GRPO (arXiv:2503.20783) does not"""
     aggregate: Literal["sequence", "token", "constant"] = "sequence"
-    """mean over a completion's tokens, then over completions (DeepSeekMath); one mean over all
-    tokens (DAPO); sum over tokens divided by --max-new-tokens (Dr. GRPO)"""
+    """sequence: mean over a completion's tokens, then over completions (DeepSeekMath); token: one
+    mean over all tokens of the minibatch (DAPO); constant: sum over tokens divided by
+    --max-new-tokens (Dr. GRPO)"""
 
-    eval_size: int = 64  # held-out prompts, at most a tenth of --dataset where from it; 0: none
-    eval_every: int = 50  # steps between evaluations; also before the first and after the last
+    eval_size: int = 64
+    """number of held-out prompts; without --eval-dataset they are taken from --dataset, at most a
+    tenth of it; 0: no evaluation"""
+    eval_every: int = 50  # steps between evaluations; also before the first and after the last step
     checkpoint_every: int = 50  # steps between checkpoints
-    log_samples: int = 4  # completions a step that go into samples.jsonl
+    log_samples: int = 4  # completions per step (of different prompts) written to samples.jsonl
 
-TOY = dict(model="toy/model", dataset="toy/problems_train.jsonl",
-           eval_dataset="toy/problems_test.jsonl", eval_size=500, eval_every=30, num_steps=60,
-           num_prompts=32, max_new_tokens=48, micro_batch_size=256, learning_rate=2e-4,
-           lr_schedule="linear", beta=0.01)
+
+TOY = dict(
+    model="toy/model",
+    dataset="toy/problems_train.jsonl",
+    eval_dataset="toy/problems_test.jsonl",
+    num_steps=60,
+    num_prompts=32,
+    max_new_tokens=48,
+    micro_batch_size=256,
+    learning_rate=2e-4,
+    lr_schedule="linear",
+    beta=0.01,
+    eval_size=500,
+    eval_every=30,
+)
 
 # --- The algorithm --------------------------------------------------------------------------------
 
-def group_advantages(rewards, num_generations, scale_by_std=True):
-    """Rewards (R,) of completions, prompt-major -> advantages (R,). Book eq. 10.
 
-    A_i = (r_i - mean(r)) / (std(r) + 1e-4) over the group of one prompt; the std is that of a
-    sample (G - 1). Without the division: Dr. GRPO (arXiv:2503.20783).
+def group_advantages(rewards, num_generations, scale_by_std=True):
+    """Rewards (R,) of completions, prompt-major -> advantages (R,). Book 11.1.5, eq. 10.
+
+    A_i = (r_i - mean(r)) / (std(r) + 1e-4) over the group of one prompt, with the sample's standard
+    deviation (G - 1). Without the division: Dr. GRPO.
     """
     groups = rewards.view(-1, num_generations)  # (P, G)
-    groups = groups - groups[:, :1]  # rounding of equal rewards would be scaled up: now exactly 0
+    # Counted from the first reward, equal rewards give exactly 0, not rounding noise over 1e-4
+    groups = groups - groups[:, :1]
     advantages = groups - groups.mean(1, keepdim=True)
     if scale_by_std:
         advantages = advantages / (groups.std(1, keepdim=True) + 1e-4)
     return advantages.view(-1)
 
-def process_advantages(rewards, ends, num_tokens, num_generations, scale_by_std=True):
-    """Step rewards (R, S) and the tokens at which the steps end (R, S), -1 for none -> (R, T).
 
-    Rewards are normalised over all steps of all completions of a group; a token's advantage is the
-    sum over the steps that end at it or later. DeepSeekMath 4.1.3.
+def process_advantages(rewards, ends, num_tokens, num_generations, scale_by_std=True):
+    """Step rewards (R, S) and the tokens at which the steps end (R, S), -1 for no step -> (R, T).
+
+    A step's reward is normalised by the mean and the standard deviation of all steps of all
+    completions of its group. The advantage of token t is the sum over the steps that end at t or
+    later; an EOS behind the last separator gets 0. DeepSeekMath 4.1.3.
     """
-    is_step = (ends >= 0).view(-1, num_generations * ends.shape[1])  # (P, G * S)
-    groups = rewards.view(is_step.shape)
-    groups = groups - groups.gather(1, is_step.int().argmax(1, keepdim=True))  # as above
-    count = is_step.sum(1, keepdim=True)
-    groups = (groups - masked_mean(groups, is_step, 1)[:, None]) * is_step
-    if scale_by_std:
-        variance = (groups**2).sum(1, keepdim=True) / (count - 1).clamp(min=1)
-        groups = groups / (variance.sqrt() + 1e-4)
-    later = ends[:, :, None] >= torch.arange(num_tokens, device=ends.device)  # (R, S, T)
-    return (groups.view(ends.shape)[:, :, None] * later).sum(1)
+    is_step = ends >= 0
+    normalised = torch.zeros_like(rewards)
+    for start in range(0, len(rewards), num_generations):  # the completions of one prompt
+        group = slice(start, start + num_generations)
+        steps = rewards[group][is_step[group]]  # (number of steps in the group,)
+        if len(steps) == 0:
+            continue
+        steps = steps - steps[0]  # equal rewards give exactly 0, as above
+        centred = steps - steps.mean()
+        if scale_by_std and len(steps) > 1:
+            centred = centred / (steps.std() + 1e-4)
+        normalised[group][is_step[group]] = centred  # group is a slice: this writes into the view
+    tokens = torch.arange(num_tokens, device=ends.device)
+    ends_later = ends[:, :, None] >= tokens  # (R, S, T)
+    return (normalised[:, :, None] * ends_later).sum(1)
+
 
 def token_weights(mask, aggregate, max_len):
-    """Completion mask (R, T) -> weights (R, T): the loss is the sum of weights * per_token_loss."""
+    """Completion mask (R, T) -> weights (R, T): the loss is the sum of weights * per_token_loss.
+
+    Book 11.2.3 (sequence), DAPO (token), Dr. GRPO (constant).
+    """
     R = len(mask)
     if aggregate == "sequence":  # 1/R sum_i 1/|y_i| sum_t
         return mask / mask.sum(1, keepdim=True).clamp(min=1) / R
-    if aggregate == "token":  # 1/sum_i |y_i| sum_i sum_t
+    if aggregate == "token":  # 1/(sum_i |y_i|) sum_i sum_t
         return mask / mask.sum()
     return mask / max_len / R  # 1/R sum_i 1/L sum_t, L the same for all
+
 
 def grpo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_eps_high, beta, kl):
     """All tensors (R, T) -> loss, and where the clip is active (R, T). Book 11.1.5, 11.2.3.
 
-    Per token: -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + beta KL, ratio = pi / pi_old.
-    With old_logps = logps.detach(), the ratio is 1 and its gradient that of log pi: eq. 11.
-    Results add up over micro-batches when the weights are those of the whole step.
+    Per token: -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) + beta KL, with ratio = pi / pi_old.
+    With old_logps = logps.detach() the ratio is 1 and its gradient that of log pi: eq. 11.
+    Losses of micro-batches add up when the weights are those of the whole minibatch.
     """
     ratio = torch.exp(logps - old_logps)
     pg_losses1 = -advantages * ratio
@@ -148,166 +217,216 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_e
         per_token_loss = per_token_loss + beta * kl_estimate(logps, ref_logps, kl)
     return (weights * per_token_loss).sum(), pg_losses2 > pg_losses1
 
+
+def minibatches(num_groups, num_generations, num_epochs, num_minibatches, device="cpu"):
+    """Yield the completions of each gradient step: long tensors of places, in whole groups.
+
+    A new order in each epoch. With one gradient step in all the order does not matter.
+    """
+    for _ in range(num_epochs):
+        if num_epochs * num_minibatches > 1:
+            order = torch.randperm(num_groups)
+        else:
+            order = torch.arange(num_groups)
+        for groups in order.tensor_split(num_minibatches):
+            members = groups[:, None] * num_generations + torch.arange(num_generations)
+            yield members.flatten().to(device)
+
+
 # --- The task: change this for your own -----------------------------------------------------------
+
 
 def verifier(prompts, completions, rows):
     """1.0 where the last number of the completion equals the row's `answer`, else 0.0."""
     rewards = []
     for text, row in zip(completions, rows, strict=True):
-        last = (re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) or ["nan"])[-1]
-        answer = str(row["answer"]).replace(",", "")
-        rewards.append(float(float(last.replace(",", "")) == float(answer)))
+        answer = float(str(row["answer"]).replace(",", ""))
+        rewards.append(float(last_number(text) == answer))
     return rewards
 
+
+# --- Process supervision: where the steps are -----------------------------------------------------
+
+
 def step_ends(pieces, separator):
-    """Texts of a completion's tokens -> index of the last token of each step that is not blank."""
-    ends, text = [], ""
+    """Texts of a completion's tokens -> place of the last token of each step that is not blank."""
+    ends = []
+    text = ""  # of the step that is not yet ended
     for i, piece in enumerate(pieces):
-        *done, text = (text + piece).split(separator)
-        ends += [i for step in done if step.strip()]
-    return ends + [len(pieces) - 1] * bool(text.strip())
+        steps = (text + piece).split(separator)
+        text = steps.pop()
+        for step in steps:  # a token may end more than one
+            if step.strip():
+                ends.append(i)
+    if text.strip():
+        ends.append(len(pieces) - 1)
+    return ends
+
 
 def process_rewards(values, batch, tokenizer, separator):
-    """R lists of step rewards -> rewards (R, S), and where the steps end (R, S), -1 for none."""
-    S = max(1, *map(len, values))
-    rewards, ends = torch.zeros(len(values), S), torch.full((len(values), S), -1)
-    for i, mask in enumerate(batch.completion_mask):
-        ids = batch.completion_ids[i, mask].tolist()
+    """R lists of step rewards -> rewards (R, S), and where the steps end (R, S), -1 for no step.
+
+    Raises ValueError where a completion has another number of steps than of rewards.
+    """
+    most = max([1, *map(len, values)])
+    rewards = torch.zeros(len(values), most)
+    ends = torch.full((len(values), most), -1)
+    for i, step_rewards in enumerate(values):
+        ids = batch.completion_ids[i, batch.completion_mask[i]].tolist()
         pieces = tokenizer.batch_decode([[token] for token in ids], skip_special_tokens=True)
-        where = step_ends(pieces, separator)
-        if len(where) != len(values[i]):
-            stop(f"the reward gave {len(values[i])} numbers for the {len(where)} steps, by "
-                 f"--step-separator, of {''.join(pieces)[:80]!r}")
-        rewards[i, :len(where)], ends[i, :len(where)] = torch.tensor(values[i]), torch.tensor(where)
+        places = step_ends(pieces, separator)
+        if len(places) != len(step_rewards):
+            stop(
+                f"the reward gave {len(step_rewards)} numbers for the {len(places)} steps, by "
+                f"--step-separator, of {''.join(pieces)[:80]!r}"
+            )
+        rewards[i, : len(places)] = torch.tensor(step_rewards)
+        ends[i, : len(places)] = torch.tensor(places)
     return rewards.to(batch.prompt_of.device), ends.to(batch.prompt_of.device)
+
 
 # --- Training -------------------------------------------------------------------------------------
 
-def one_number(values):
-    """Rewards of completions (R,); where they are lists of step rewards, the means of these."""
-    return torch.tensor([sum(v) / max(1, len(v)) if isinstance(v, list) else v for v in values])
+
+def check_args(args, num_rows):
+    """Stop where flags contradict each other."""
+    if args.num_minibatches > min(args.num_prompts, num_rows):
+        stop(f"--num-minibatches {args.num_minibatches}: more than there are groups in a step")
+    if args.num_generations < 2 or not args.temperature:
+        stop(
+            f"--num-generations {args.num_generations} --temperature {args.temperature}: a group "
+            "needs at least 2 sampled completions, to be compared with each other"
+        )
+    if args.missing_eos_penalty is not None and args.supervision == "process":
+        stop("--missing-eos-penalty is one number per completion: not with --supervision process")
+
 
 def main(args: Args):
     args.step_separator = args.step_separator.replace("\\n", "\n")  # as a shell hands it on
     run = Run(args)
     torch.manual_seed(args.seed)
-    random.seed(args.seed)  # for a --reward of yours
-    G, device = args.num_generations, pick_device(args.device)
-    if G < 2 or not args.temperature:
-        stop(f"--num-generations {G} --temperature {args.temperature}: a group needs at least 2, "
-             "sampled, to be compared with each other")
-    if args.missing_eos_penalty is not None and args.supervision == "process":
-        stop("--missing-eos-penalty is one number a completion: not with --supervision process")
-    verified = args.reward == "verifier" and not args.reward_model
-    columns = ("prompt", "answer") if verified else ("prompt",)
-    rows, eval_rows = load_splits(args, lambda path: load_rows(path, *columns))
-    eval_rows = eval_rows[:args.eval_size]
-    if args.num_minibatches > min(args.num_prompts, len(rows)):
-        stop(f"--num-minibatches {args.num_minibatches}: more than there are groups in a step")
-    gold = not verified and has_answers(rows)  # the verifier looks on while another reward trains
-    score = load_reward(args.reward, verifier, args.reward_model, device, args.dtype,
-                        args.micro_batch_size, by_step=args.supervision == "process")
+    random.seed(args.seed)  # for rewards that draw random numbers
+    device = pick_device(args.device)
+    rows, eval_rows = load_prompts(args)
+    check_args(args, len(rows))
+    has_gold = not is_verified(args) and has_answers(rows)  # log the verifier beside the reward
+    P = min(args.num_prompts, len(rows))
+    G = args.num_generations
+    by_step = args.supervision == "process"
+    clip_eps_high = args.clip_eps_high or args.clip_eps
+    model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
+    score = load_reward(args.reward, verifier, *model_options, by_step)
     tokenizer = load_tokenizer(args.model)
-    policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype,
-                        args.gradient_checkpointing)
-    ref = load_model(AutoModelForCausalLM, args.model, device, args.dtype) if args.beta else None
+    load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
+    policy = load_model(*load_again, args.gradient_checkpointing)
+    ref = load_model(*load_again) if args.beta else None
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0,
-                                  fused=True)
+    lr = args.learning_rate
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
     updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions
     scheduler = get_scheduler(args.lr_schedule, optimizer, 0, args.num_steps * updates)
     run.begin({"policy": policy, "optimizer": optimizer, "scheduler": scheduler}, args.num_steps)
+    run.describe(policy, len(rows), len(eval_rows), f"{P} prompts x {G} completions")
 
     def report():
         if eval_rows:
-            values = greedy_rewards(policy, tokenizer, score, eval_rows, args.max_new_tokens,
-                                    args.num_prompts * G)
-            run.log({"eval_accuracy" if verified else "eval_reward": one_number(values).mean()},
-                    "eval_accuracy", "eval_reward")
+            report_greedy(run, policy, tokenizer, score, eval_rows, args.num_prompts * G)
 
     if run.step == 0:
         report()
     for step in run.steps():
         start = time.time()
         # 1. Sample G completions of each of P prompts, and score them
-        drawn = random.Random(f"{args.seed} {step}").sample(rows, min(args.num_prompts, len(rows)))
-        batch, texts, ended = generate(policy, tokenizer, [row["prompt"] for row in drawn], G,
-                                       args.max_new_tokens, args.temperature)
-        of_each = with_ended([row for row in drawn for _ in range(G)], ended)
-        prompts = [row["prompt"] for row in of_each]
-        values = score(prompts, texts, of_each)
+        drawn = random.Random(f"{args.seed} {step}").sample(rows, P)
+        prompts = [row["prompt"] for row in drawn]
+        sampling = (G, args.max_new_tokens, args.temperature)
+        batch, texts, ended = generate(policy, tokenizer, prompts, *sampling)
+        row_of_each = with_ended([drawn[i] for i in batch.prompt_of.tolist()], ended)
+        prompts = [row["prompt"] for row in row_of_each]
+        values = score(prompts, texts, row_of_each)
+        scores = one_number(values).to(device)
         if args.missing_eos_penalty is not None:
-            values = [value if row["ended"] else -args.missing_eos_penalty
-                      for value, row in zip(values, of_each, strict=True)]
-        mask, (R, T) = batch.completion_mask, batch.completion_ids.shape
+            scores[~ended] = -args.missing_eos_penalty
+        mask = batch.completion_mask
+        R, T = mask.shape
 
-        # 2. Advantages of the tokens (R, T)
-        if args.supervision == "outcome":
-            rewards = torch.tensor(values, dtype=torch.float32, device=device)
-            advantages = group_advantages(rewards, G, args.scale_by_std)[:, None].expand(R, T)
-        else:
-            rewards, ends = process_rewards(values, batch, tokenizer, args.step_separator)
-            advantages = process_advantages(rewards, ends, T, G, args.scale_by_std)
-
-        # 3. Log-probs under the reference, and under the policy that sampled. With one gradient
-        #    step these are the training forward's own values (eq. 11): no extra pass.
-        ref_logps, policy_logps = torch.zeros(2, R, T, device=device)
-        fixed = (args.temperature, args.micro_batch_size, args.share_prompts)
+        # 2. Log-probs under the reference, and under the policy that sampled. With one gradient
+        #    step the latter are the training forward's own values (eq. 11): no extra pass.
+        ref_logps = torch.zeros(R, T, device=device)
+        policy_logps = torch.zeros(R, T, device=device)
+        forward = (args.temperature, args.micro_batch_size, args.share_prompts)
         if args.beta:
-            ref_logps = fixed_logps(ref, batch, *fixed)
+            ref_logps = fixed_logps(ref, batch, *forward)
         if updates > 1:
-            policy_logps = fixed_logps(policy, batch, *fixed)
+            policy_logps = fixed_logps(policy, batch, *forward)
+
+        # 3. Advantages of the tokens (R, T)
+        if by_step:
+            step_rewards, ends = process_rewards(values, batch, tokenizer, args.step_separator)
+            advantages = process_advantages(step_rewards, ends, T, G, args.scale_by_std)
+        else:
+            advantages = group_advantages(scores, G, args.scale_by_std)[:, None].expand(R, T)
 
         # 4. Gradient steps, each on whole groups
-        losses, grad_norm, clipped, kl_old = [], 0.0, 0.0, 0.0
-        for _ in range(args.num_epochs):
-            order = torch.randperm(len(drawn)) if updates > 1 else torch.arange(len(drawn))
-            for groups in order.tensor_split(args.num_minibatches):
-                index = (groups[:, None] * G + torch.arange(G)).flatten().to(device)
-                weights = token_weights(mask[index], args.aggregate, args.max_new_tokens)
-                loss = 0.0
-                for i in range(0, len(index), args.micro_batch_size):
-                    mb = index[i:i + args.micro_batch_size]
-                    part = batch.rows(mb)
-                    t = part.completion_ids.shape[1]  # the longest of these
-                    logps = completion_logps(policy, part, args.temperature, args.share_prompts)
-                    if updates == 1:
-                        policy_logps[mb, :t] = logps.detach()
-                    mb_loss, active = grpo_loss(
-                        logps, policy_logps[mb, :t], ref_logps[mb, :t], advantages[mb, :t],
-                        weights[i:i + args.micro_batch_size, :t], args.clip_eps,
-                        args.clip_eps_high or args.clip_eps, args.beta, args.kl)
-                    mb_loss.backward()
-                    loss += mb_loss.item()
-                    clipped += (active & part.completion_mask).sum().item()
-                    kl_old += kl_estimate(policy_logps[mb, :t], logps.detach(), "k3").sum().item()
-                lr = scheduler.get_last_lr()[0]
-                norm = update(optimizer, scheduler, loss, args.max_grad_norm)
-                grad_norm = max(grad_norm, norm)
-                losses.append(loss)
+        losses, grad_norms = [], []
+        num_clipped, sum_approx_kl = 0, 0.0
+        for index in minibatches(P, G, args.num_epochs, args.num_minibatches, device):
+            weights = torch.zeros(R, T, device=device)
+            weights[index] = token_weights(mask[index], args.aggregate, args.max_new_tokens)
+            loss = 0.0
+            for mb in index.split(args.micro_batch_size):
+                part = batch.rows(mb)
+                t = part.completion_ids.shape[1]  # the longest of these
+                logps = completion_logps(policy, part, args.temperature, args.share_prompts)
+                if updates == 1:
+                    policy_logps[mb, :t] = logps.detach()
+                old_logps = policy_logps[mb, :t]
+                tensors = (old_logps, ref_logps[mb, :t], advantages[mb, :t], weights[mb, :t])
+                mb_loss, is_clipped = grpo_loss(
+                    logps, *tensors, args.clip_eps, clip_eps_high, args.beta, args.kl
+                )
+                mb_loss.backward()
+                loss += mb_loss.item()
+                num_clipped += (is_clipped & part.completion_mask).sum().item()
+                sum_approx_kl += kl_estimate(old_logps, logps.detach(), "k3").sum().item()
+            lr = scheduler.get_last_lr()[0]
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
+            check_finite(loss, grad_norm.item())
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            losses.append(loss)
+            grad_norms.append(grad_norm.item())
 
         # 5. Log
         num_tokens = mask.sum().item()
-        level = (advantages.reshape(len(drawn), -1) == 0).all(1)  # all rewards of a group equal
+        has_no_signal = (advantages.reshape(P, -1) == 0).all(1)  # all rewards of a group equal
         metrics = {
-            "reward": one_number(values).mean(), "reward_std": one_number(values).std(correction=0),
-            "no_signal": level.float().mean(),
-            "ended": ended.float().mean(), "completion_length": num_tokens / R,
-            "entropy": -masked_mean(policy_logps, mask),  # E[-log pi], from the tokens sampled
-            "loss": sum(losses) / updates, "grad_norm": grad_norm, "lr": lr,
-            "clip_frac": clipped / num_tokens / args.num_epochs,
-            "approx_kl": kl_old / num_tokens / args.num_epochs,
-            "tokens_per_second": num_tokens / (time.time() - start)}
+            "reward": scores.mean(),
+            "reward_std": scores.std(correction=0),
+            "no_signal": has_no_signal.float().mean(),
+            "ended": ended.float().mean(),
+            "completion_length": num_tokens / R,
+            "entropy": -masked_mean(policy_logps, mask),  # E[-log pi], from the sampled tokens
+            "loss": sum(losses) / updates,
+            "grad_norm": max(grad_norms),
+            "lr": lr,
+            "clip_frac": num_clipped / num_tokens / args.num_epochs,
+            "approx_kl": sum_approx_kl / num_tokens / args.num_epochs,
+            "tokens_per_second": num_tokens / (time.time() - start),
+        }
         if args.beta:
             kl = kl_estimate(policy_logps, ref_logps, "k1")
             metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask)}
-        if gold:
-            metrics["gold_reward"] = one_number(verifier(prompts, texts, of_each)).mean()
+        if has_gold:
+            metrics["gold_reward"] = torch.tensor(verifier(prompts, texts, row_of_each)).mean()
         run.log(metrics, "reward", "kl", "completion_length")
-        run.samples(*(x[:args.log_samples] for x in (prompts, texts, values)))
+        shown = values if by_step else scores.tolist()
+        run.samples(prompts[::G], texts[::G], shown[::G])
         if step % args.eval_every == 0 or step == args.num_steps:
             report()
     run.finish(tokenizer, {"final": policy})
 
+
 if __name__ == "__main__":
-    main(parse_args(Args, TOY))
+    run_script(main, Args, TOY)

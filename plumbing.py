@@ -1,357 +1,1037 @@
-"""What every script needs and no chapter explains: errors of one line, flags, rows, models, a run.
+"""What every script needs and no chapter explains: flags, rows, models, rewards, a run's folder.
 
-The scripts take these names from common.py. Nothing here knows what a loss is made of.
+It imports common.py, and the scripts import from both by name. Nothing here knows what a loss is
+made of. A mistake of the user is raised as ValueError, by whoever sees it, and becomes one line and
+an exit code in `run_script`.
 """
+
+import ast
 import contextlib
+import dataclasses
+import inspect
 import json
 import math
 import os
 import random
+import re
+import runpy
 import shutil
+import signal
 import sys
 import time
 import traceback
-import warnings
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import transformers
 import tyro
 from tqdm import tqdm
 
+from common import (
+    Batch,
+    after_answer,
+    completion_scores,
+    encode_prompt,
+    encode_steps,
+    end_of_turn,
+    fixed_logps,
+    generate,
+    kl_estimate,
+    pad,
+)
+
 ROOT = Path(__file__).resolve().parent
 
+# --- Errors ---------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """A mistake of the user, said in one line: what is wrong, where, and what to do."""
+
+
 def stop(message):
-    """Raise SystemExit: `message` as one line on stderr, exit code 1."""
-    raise SystemExit(f"{Path(sys.argv[0]).name}: " + " ".join(str(message).split())[:500])
+    """Raise UserError with `message` on one line."""
+    raise UserError(" ".join(str(message).split())[:500])
+
 
 @contextlib.contextmanager
 def stop_on_error(saying):
-    """Turn an exception into one line: `saying`, what it was, and where."""
+    """Turn any other exception into UserError: `saying`, what the exception was, and where."""
     try:
         yield
-    except Exception as e:
-        at = traceback.extract_tb(e.__traceback__)[-1]
-        stop(f"{saying} ({type(e).__name__}: {e}; {Path(at.filename).name}:{at.lineno})")
+    except UserError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(last.filename).name}:{last.lineno}"
+        stop(f"{saying} ({type(error).__name__}: {error}; {place})")
+
+
+def quieten_transformers():
+    """Keep its warnings and progress bars out: load_model says itself what a folder lacks."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def run_script(main, Args, toy):
+    """Read the command line and call main(args).
+
+    A ValueError that our own files raise is a mistake of the user: it ends the program with one
+    line and exit code 1. Any other exception is a fault of the code and keeps its traceback.
+    """
+    args = parse_args(Args, toy)
+    quieten_transformers()
+    try:
+        main(args)
+    except ValueError as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if raised_in.parent != ROOT:
+            raise
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+
+
+# --- Flags ----------------------------------------------------------------------------------------
+
+
+# The flags of --help are grouped: a group begins at the flag that is named here
+HEADINGS = {
+    "model": "data",
+    "output_dir": "run",
+    "loss": "loss",
+    "margin_scale": "loss",
+    "supervision": "reward-model",
+    "reward": "reward",
+    "rounds": "sampling",
+    "iterations": "sampling",
+    "num_steps": "sampling",
+    "select": "selection",
+    "train": "optimisation",
+    "num_epochs": "optimisation",
+    "learning_rate": "optimisation",
+    "eval_size": "evaluation",
+}
+
 
 def parse_args(Args, toy):
-    """Command line -> Args. Without --model the defaults are `toy`; paths in it count from here."""
-    flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in toy.items())
-    toy = {k: str(ROOT / v) if str(v).startswith("toy/") else v for k, v in toy.items()}
-    given = {a.split("=")[0] for a in sys.argv[1:]}
-    default = None if given & {"--model", "--help", "-h"} else Args(**toy)
-    return tyro.cli(Args, default=default, description=f"Without --model the defaults are: {flags}")
+    """Command line -> Args. Without --model the defaults are `toy`, its paths counted from here."""
+    given = {argument.split("=")[0] for argument in sys.argv[1:]}
+    toy_values = {}
+    for name, value in toy.items():
+        is_path = str(value).startswith("toy/")
+        toy_values[name] = str(ROOT / value) if is_path else value
+    defaults = {}
+    for flag in dataclasses.fields(Args):
+        if flag.default is not dataclasses.MISSING:
+            defaults[flag.name] = flag.default
+    if given & {"-h", "--help"}:
+        defaults |= {"model": toy["model"], "dataset": toy["dataset"]}
+    elif "--model" not in given:
+        defaults |= toy_values
+    lines = ["Without --model the script trains the toy, with these defaults:"]
+    for name, value in toy.items():
+        lines.append(f"  --{name.replace('_', '-')} {value}")
+    grouped = tyro.cli(_grouped(Args, defaults), description="\n".join(lines))
+    values = {}
+    for group in vars(grouped).values():
+        values |= vars(group)
+    return Args(**values)
+
+
+def _grouped(Args, defaults):
+    """A dataclass of dataclasses, one for each heading, with the flags of Args and their help."""
+    help_texts = _help_texts(Args)
+    groups = {}
+    heading = ""
+    for flag in dataclasses.fields(Args):
+        heading = HEADINGS.get(flag.name, heading)
+        kind = Annotated[flag.type, tyro.conf.arg(help=help_texts[flag.name])]
+        if flag.name in defaults:
+            entry = (flag.name, kind, dataclasses.field(default=defaults[flag.name]))
+        else:
+            entry = (flag.name, kind)
+        groups.setdefault(heading, []).append(entry)
+    fields = []
+    for heading, entries in groups.items():
+        name = heading.replace("-", "_")
+        fields.append((name, dataclasses.make_dataclass(name, entries, kw_only=True)))
+    return tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass("flags", fields)]
+
+
+def _help_texts(Args):
+    """{flag: help}: the comment behind a field of Args, or the text beneath it."""
+    source = inspect.getsource(Args)
+    lines = source.splitlines()
+    help_texts = {}
+    name = ""
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            name = node.target.id
+            _, _, help_texts[name] = lines[node.end_lineno - 1].partition("  # ")
+        elif isinstance(node, ast.Expr) and name:
+            help_texts[name] = " ".join(node.value.value.split())
+    return help_texts
+
 
 # --- Rows -----------------------------------------------------------------------------------------
 
+
 def load_rows(path, *columns):
     """JSON Lines file, or `owner/name:split` of the hub (needs `datasets`) -> list of dicts.
-    columns: what no row may lack or leave empty; a tuple names alternatives."""
-    rows, lines = [], Path(path).read_bytes().splitlines() if Path(path).is_file() else None
-    if lines is None:
-        with stop_on_error(f"{path}: no such file (the hub needs `datasets`)"):
-            from datasets import load_dataset
-            name, _, split = path.partition(":")
-            lines = [json.dumps(row) for row in load_dataset(name, split=split or "train")]
-    for where, line in [(f"{path}, line {n}", x) for n, x in enumerate(lines, 1) if x.strip()]:
-        with stop_on_error(f"{where}: no JSON object; it needs one a line"):
-            rows.append(row := {**json.loads(line)})
-        for names in [(c,) if isinstance(c, str) else c for c in columns]:
-            value = next((row[name] for name in names if row.get(name) is not None), "")
-            if value == [] or not str(value).strip():
-                stop(f"{where}: no {' or '.join(names)}, or an empty one; it has {', '.join(row)}")
-    return rows or stop(f"{path}: no rows")
+
+    columns: names that no row may lack or leave empty; a tuple names alternatives.
+    """
+    if Path(path).is_file():
+        lines = Path(path).read_bytes().splitlines()
+    else:
+        lines = _hub_lines(path)
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        with stop_on_error(f"{where}: no JSON object; it needs one per line"):
+            row = {**json.loads(line)}
+        for names in columns:
+            _check_column(row, names, where)
+        rows.append(row)
+    if not rows:
+        stop(f"{path}: no rows")
+    return rows
+
+
+def _hub_lines(path):
+    """The rows of a data set of the hub as lines of JSON."""
+    with stop_on_error(f"{path}: no such file (for the hub: no such data set, or no `datasets`)"):
+        from datasets import load_dataset
+
+        name, _, split = path.partition(":")
+        return [json.dumps(row) for row in load_dataset(name, split=split or "train")]
+
+
+def _check_column(row, names, where):
+    """Stop where a row has none of these columns, or an empty one. A text names one column."""
+    if isinstance(names, str):
+        names = (names,)
+    value = ""
+    for name in names:
+        if row.get(name) is not None:
+            value = row[name]
+            break
+    if value == [] or not str(value).strip():
+        stop(f"{where}: no {' or '.join(names)}, or an empty one; it has {', '.join(row)}")
+
 
 def load_splits(args, read):
-    """-> rows of args.dataset, held-out rows; read: path -> rows. Those of args.eval_dataset, or,
-    without one, of args.eval_size prompts of args.dataset, which then has these no more."""
+    """Training rows and held-out rows; `read` maps a path to rows.
+
+    The held-out rows are those of args.eval_dataset. Without one they are args.eval_size prompts of
+    args.dataset, which are then no longer trained on.
+    """
     rows = read(args.dataset)
     if args.eval_dataset:
         return rows, read(args.eval_dataset)
-    rows, held = hold_out(rows, args.eval_size, args.seed)
-    if args.eval_size and not held:
+    rows, held_out = hold_out(rows, args.eval_size, args.seed)
+    if args.eval_size and not held_out:
         print(f"{args.dataset}: under ten prompts, so none is held out and nothing evaluated")
-    return rows, held
+    return rows, held_out
+
+
+def is_verified(args):
+    """Whether the script's own verifier gives the rewards."""
+    return args.reward == "verifier" and not args.reward_model
+
+
+def load_prompts(args):
+    """Rows with prompts to sample from, and at most --eval-size held-out ones."""
+    columns = ["prompt", "answer"] if is_verified(args) else ["prompt"]
+    rows, held_out = load_splits(args, lambda path: load_rows(path, *columns))
+    return rows, held_out[: args.eval_size]
+
 
 def hold_out(rows, num_prompts, seed):
-    """Rows -> (train, held out), by prompt, so that none is on both sides; at most a tenth. Chats
-    go by what the user says first: many have one system message, or share their first turns."""
+    """Rows -> training rows, held-out rows: at most a tenth of the prompts.
+
+    Rows are divided by prompt, so that none is on both sides. Chats go by what the user says first:
+    many have one system message, or share their first turns.
+    """
     keys = []
-    for chat in (row.get("prompt") or row["messages"] for row in rows):
-        turns = [turn for turn in (chat if isinstance(chat, list) else [])
-                 if isinstance(turn, dict) and turn.get("role") == "user"]
-        keys.append(str(turns[0] if turns else chat))
+    for row in rows:
+        chat = row.get("prompt") or row["messages"]
+        keys.append(str(_first_user_turn(chat)))
     prompts = sorted(set(keys))
-    held = set(random.Random(seed).sample(prompts, min(num_prompts, len(prompts) // 10)))
-    sides = [], []
+    count = min(num_prompts, len(prompts) // 10)
+    held = set(random.Random(seed).sample(prompts, count))
+    train = []
+    held_out = []
     for row, key in zip(rows, keys, strict=True):
-        sides[key in held].append(row)
-    return sides
+        if key in held:
+            held_out.append(row)
+        else:
+            train.append(row)
+    return train, held_out
+
+
+def _first_user_turn(chat):
+    """The first message of the user in a list of messages, or what there is instead."""
+    if isinstance(chat, list):
+        for turn in chat:
+            if isinstance(turn, dict) and turn.get("role") == "user":
+                return turn
+    return chat
+
 
 def answer_text(answer, prompt):
-    """Text of an answer: a text, or the last of its messages, where the others are the prompt's.
-    ValueError where they are not: they would be lost."""
+    """Text of an answer, which is a text, or a list of messages that ends with the assistant's.
+
+    Messages before the last must be the prompt's, or they would be lost: ValueError.
+    """
     if isinstance(answer, str):
         return answer
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    if answer[:-1] not in ([], chat) or answer[-1]["role"] != "assistant":
-        raise ValueError("the answer's messages before its last are not those of the prompt, or "
-                         "the last is not the assistant's: `prompt` needs all earlier turns")
+    earlier = answer[:-1]
+    if (earlier and earlier != chat) or answer[-1]["role"] != "assistant":
+        raise ValueError(
+            "the answer's messages before its last are not those of the prompt, or the last is not "
+            "the assistant's: `prompt` needs all earlier turns"
+        )
     return answer[-1]["content"]
+
 
 def has_answers(rows):
     """Whether every row has an `answer` that is a number, as a verifier needs it."""
     try:
-        return all(math.isfinite(float(str(row["answer"]).replace(",", ""))) for row in rows)
+        answers = [float(str(row["answer"]).replace(",", "")) for row in rows]
     except (KeyError, ValueError):
         return False
+    return all(math.isfinite(answer) for answer in answers)
+
 
 def with_ended(rows, ended):
-    """Rows (R), each with its `ended` (R,): False where a completion was cut off. For rewards."""
-    return [row | {"ended": e} for row, e in zip(rows, ended.tolist(), strict=True)]
+    """Add `ended`, False where a completion was cut off, to R rows: rewards read it."""
+    return [row | {"ended": end} for row, end in zip(rows, ended.tolist(), strict=True)]
 
-# --- Device, tokenizer and prompts ----------------------------------------------------------------
+
+# --- Device, tokenizer and model ------------------------------------------------------------------
+
 
 def pick_device(device="auto"):
-    """auto -> cuda, else mps, else cpu."""
-    found = [kind for kind in ("cuda", "mps") if getattr(torch, kind).is_available()] + ["cpu"]
+    """Name of a device -> torch.device. auto: cuda where there is one, else mps, else cpu."""
+    if device == "auto":
+        device = "cpu"
+        for kind in ("mps", "cuda"):
+            if getattr(torch, kind).is_available():
+                device = kind
     with stop_on_error(f"--device {device}"):
-        return torch.empty(0, device=found[0] if device == "auto" else device).device
+        return torch.empty(0, device=device).device
+
 
 def load_tokenizer(path):
-    """Tokenizer of a model folder or hub name; one without an EOS is refused."""
+    """Tokenizer of a model folder or hub name. One without an EOS is refused."""
     with stop_on_error(f"{path}: no tokenizer there, in a model folder or on the hub"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
         stop(f"{path}: its tokenizer has no EOS, so no completion could end; set its eos_token")
     return tokenizer
 
-def encode_prompt(tokenizer, prompt):
-    """Text or chat messages -> list of token ids, up to where the completion begins.
-    With a chat template, a text is one user message. Without one, it is taken as it stands."""
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        with stop_on_error(f"the chat template refuses {str(chat)[:80]}"):
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template wrote the BOS
-    if not isinstance(prompt, str):
-        stop("the prompts are chat messages but the tokenizer has no chat template: use plain text")
-    ids = tokenizer(prompt)["input_ids"]
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some close every text
-
-def after_answer(tokenizer):
-    """Ids that the chat template puts after an answer, say the end of turn and a newline."""
-    if not tokenizer.chat_template:
-        return []
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-def end_of_turn(tokenizer):
-    """Id that closes a completion: the special one of `after_answer`, else the EOS."""
-    special = [i for i in after_answer(tokenizer) if i in tokenizer.added_tokens_decoder]
-    return (special or [tokenizer.eos_token_id])[0]
 
 def set_other_pad(tokenizer):
-    """Give the tokenizer a pad token that is no end, where it knows one. Transformers, and what is
-    built on it, scores a text at its last id that is not pad: never at an end that is."""
+    """Give the tokenizer a pad token that ends no text, where it knows one.
+
+    Transformers scores a text at its last id that is not pad: never at the end of a text where the
+    end of turn is the pad token.
+    """
     ends = {None, tokenizer.eos_token_id, end_of_turn(tokenizer)}
     others = set(tokenizer.added_tokens_decoder) - ends - {tokenizer.bos_token_id}
     if tokenizer.pad_token_id in ends and others:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(min(others))
 
+
 def check_prompts(tokenizer, model, rows, max_new_tokens):
-    """Stop where a prompt is empty, or with its completion would not fit in the model's context."""
+    """Stop where a prompt is empty, or with its completion does not fit in the model's context."""
     for row in rows:
         length = len(encode_prompt(tokenizer, row["prompt"]))
         if not 0 < length <= model.context - max_new_tokens:
-            stop(f"a prompt of {length} tokens with --max-new-tokens {max_new_tokens} does not fit "
-                 f"in the model's {model.context}: {str(row['prompt'])[:80]!r}")
+            stop(
+                f"a prompt of {length} tokens with --max-new-tokens {max_new_tokens} does not fit "
+                f"in the model's {model.context}: {str(row['prompt'])[:80]!r}"
+            )
 
-# --- Models and gradient steps --------------------------------------------------------------------
 
-def load_model(auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False,
-               new_head=0):
-    """Model of a Transformers auto class, from a folder or hub name, with float32 weights: in
-    bfloat16, updates at these learning rates would be rounded away. dtype: "bfloat16" runs forwards
-    in bfloat16 autocast, "auto" does so where cuda has it. new_head: labels of a head that need not
-    be there yet; model.has_new_head says whether it was made."""
+def load_model(
+    auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False, new_head=0
+):
+    """Model of a transformers auto class, from a folder or hub name, on `device`, in eval mode.
+
+    Weights are float32 whatever the file has: in bfloat16, updates at these learning rates would be
+    rounded away. dtype: "bfloat16" runs forward passes in bfloat16 autocast, "auto" does so where
+    cuda supports it. checkpointing: recompute activations in the backward pass. from_scratch:
+    random weights. new_head: labels of a classification head that the file need not have;
+    model.has_new_head says whether it was made.
+    """
     with stop_on_error(f"{path}: no model there that {auto_class.__name__} loads"):
         config = transformers.AutoConfig.from_pretrained(path)
         config.num_labels = new_head or config.num_labels
-        for key, value in vars(config).items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)  # else two forwards of one policy differ: no ratio is 1
+        _switch_off_dropout(config)
         if from_scratch:
-            model, missing = auto_class.from_config(config, dtype=torch.float32), []
+            model = auto_class.from_config(config, dtype=torch.float32)
+            missing = []
         else:
-            model, info = auto_class.from_pretrained(path, config=config, dtype=torch.float32,
-                                                     output_loading_info=True)
+            model, info = auto_class.from_pretrained(
+                path, config=config, dtype=torch.float32, output_loading_info=True
+            )
             missing = info["missing_keys"]
-    head = {key for key in missing if new_head and key.startswith(("score.", "classifier."))}
+    head = set()
+    if new_head:
+        head = {key for key in missing if key.startswith(("score.", "classifier."))}
     lost = sorted(set(missing) - head)
-    if lost:  # Transformers only warns, and makes up random weights
+    if lost:  # transformers only warns, and makes up random weights
         stop(f"{path}: no weights for {', '.join(lost[:3])} in it")
     model.has_new_head = any(key.endswith("weight") for key in head)
-    bfloat16 = dtype == "bfloat16" or (dtype == "auto" and device.type == "cuda" and
-                                       torch.cuda.is_bf16_supported(including_emulation=False))
-    model.autocast_dtype, model.recompute = torch.bfloat16 if bfloat16 else None, checkpointing
+    model.autocast_dtype = torch.bfloat16 if _takes_bfloat16(dtype, device) else None
+    model.recompute = checkpointing
     model.context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(device).eval()
 
-def update(optimizer, scheduler, loss, max_grad_norm):
-    """One step on the gradients that stand in the parameters -> their norm before clipping."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    if not math.isfinite(loss + norm):  # a step skipped in silence would look like slow learning
-        stop(f"the loss is {loss}, the gradient's norm {norm}: lower --learning-rate, or look at "
-             "the rewards; --resume goes on from the last checkpoint")
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    return norm
+
+def _switch_off_dropout(config):
+    """With dropout two forward passes of one policy would differ, and no ratio would be 1."""
+    for key, value in vars(config).items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+
+
+def _takes_bfloat16(dtype, device):
+    if dtype == "auto" and device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return dtype == "bfloat16"
+
+
+def check_finite(loss, grad_norm):
+    """Stop before a step that would break the weights."""
+    if not math.isfinite(loss + grad_norm):
+        stop(
+            f"the loss is {loss}, the norm of the gradient {grad_norm}: lower --learning-rate, or "
+            "look at the rewards; --resume goes on from the last checkpoint"
+        )
+
+
+# --- Rewards --------------------------------------------------------------------------------------
+
+
+def last_number(text):
+    """The last number in a text -> float, nan where there is none. Commas group thousands."""
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    if not numbers:
+        return math.nan
+    return float(numbers[-1].replace(",", ""))
+
+
+def load_reward(
+    reward, verifier, model="", device="cpu", dtype="auto", micro_batch_size=8, by_step=False
+):
+    """-> score(prompts, completions, rows) -> list of R numbers, or with by_step of R lists.
+
+    reward: "verifier" for the function `verifier`, or "FILE.py:function", which is called with
+    three lists of length R: prompts and rows repeated for each completion, the rows with `ended`.
+    model: folder or hub name of a reward model, in place of `reward`. by_step: one number for each
+    step of a completion (a process reward model's P(right)), not one for the whole.
+    Raises ValueError where a reward cannot be loaded, fails, or returns what is no finite number.
+    """
+    if model:
+        name = f"--reward-model {model}"
+        function = _model_reward(model, device, dtype, micro_batch_size, by_step)
+    elif reward == "verifier":
+        name = "--reward verifier"
+        function = verifier
+    else:
+        name = f"--reward {reward}"
+        path, _, attribute = reward.rpartition(":")
+        if not path.endswith(".py") or not attribute:
+            stop(f"{name}: not of the form FILE.py:function")
+        with stop_on_error(f"{name}: cannot be loaded from FILE.py:function"):
+            function = runpy.run_path(path)[attribute]
+
+    def score(prompts, completions, rows):
+        with stop_on_error(f"{name} failed"):
+            values = [_as_numbers(value) for value in function(prompts, completions, rows)]
+            if len(values) != len(completions):
+                raise ValueError(f"{len(values)} values for {len(completions)} completions")
+            for value, text in zip(values, completions, strict=True):
+                _check_reward(value, text, by_step)
+        return values
+
+    return score
+
+
+def _as_numbers(value):
+    if isinstance(value, list):
+        return [float(x) for x in value]
+    return float(value)
+
+
+def _check_reward(value, text, by_step):
+    """ValueError where a reward is not a finite number, or with by_step a list of such."""
+    if by_step and not isinstance(value, list):
+        raise ValueError(
+            f"{value} for {text[:60]!r}: --supervision process needs a list with a number per step"
+        )
+    if not by_step and isinstance(value, list):
+        raise ValueError(
+            f"{value} for {text[:60]!r}: it needs one number; lists go with --supervision process"
+        )
+    total = sum(value) if by_step else value
+    if not math.isfinite(total):
+        raise ValueError(f"{value} for {text[:60]!r}: not finite")
+
+
+def _model_reward(path, device, dtype, micro_batch_size, by_step):
+    """Reward function of a saved reward model: of the last token, of steps, or of outcomes."""
+    with stop_on_error(f"--reward-model {path}: no model there"):
+        config = transformers.AutoConfig.from_pretrained(path)
+    of_tokens = "ForTokenClassification" in str(config.architectures)
+    if of_tokens:
+        auto_class = transformers.AutoModelForTokenClassification
+    else:
+        auto_class = transformers.AutoModelForSequenceClassification
+    model = load_model(auto_class, path, device, dtype)
+    tokenizer = load_tokenizer(path)
+    separator = getattr(config, "step_separator", "")
+    unknown = "" if of_tokens else "last"
+    how = getattr(config, "solution_score", unknown)
+    close = _close_of(tokenizer, config)
+    if not of_tokens and config.num_labels != 1:
+        stop(f"--reward-model {path}: has {config.num_labels} labels, not 1")
+    if not how or (by_step and not separator):
+        made_with = "prm.py --supervision process" if by_step else "prm.py"
+        stop(
+            f"--reward-model {path}: its config.json does not say how to read the steps: make it "
+            f"with {made_with}"
+        )
+
+    @torch.no_grad()
+    def function(prompts, completions, rows):
+        # From the texts, as the reward model may have another tokenizer and template
+        encoded = []
+        for prompt, text, row in zip(prompts, completions, rows, strict=True):
+            steps = [text]
+            if separator:
+                steps = [step for step in text.split(separator) if step.strip()]
+            ending = close if row.get("ended", True) else []
+            encoded.append(encode_steps(tokenizer, prompt, steps, separator, ending))
+        values = []
+        for logits in _step_logits(model, encoded, micro_batch_size):
+            probs = positive_probs(logits) if of_tokens else logits[:, 0]
+            everywhere = torch.ones(1, len(probs), dtype=torch.bool)
+            if by_step:
+                values.append(probs.tolist())
+            else:
+                values.append(solution_score(probs[None], everywhere, how).item())
+        return values
+
+    return function
+
+
+def _step_logits(model, encoded, micro_batch_size):
+    """Outputs of the head at the step ends of each completion -> list of R tensors (S, labels).
+
+    encoded: prompt ids, ids and step ends of each, from `encode_steps`.
+    """
+    outputs = [None] * len(encoded)
+    lengths = torch.tensor([len(ids) for _, ids, _ in encoded])
+    # By length, so that little is padding (book 10.2.4.1); the outputs keep their places
+    for index in lengths.argsort().split(micro_batch_size):
+        part = [encoded[i] for i in index]
+        prompts = pad([prompt_ids for prompt_ids, _, _ in part], "left")
+        completions = pad([ids for _, ids, _ in part], "right")
+        batch = Batch(*prompts, *completions, torch.arange(len(part)))
+        logits = completion_scores(model, batch.to(model.device)).cpu()
+        for i, row, (_, _, ends) in zip(index.tolist(), logits, part, strict=True):
+            outputs[i] = row[ends]
+    return outputs
+
+
+def _close_of(tokenizer, config):
+    """Ids after a completion that a reward model reads -> list, or None for the end of turn.
+
+    One made elsewhere was trained on all that the template puts there, and transformers reads its
+    score at the last id that is not pad.
+    """
+    if hasattr(config, "reward_bias"):  # made by these scripts
+        return None
+    close = after_answer(tokenizer) or [end_of_turn(tokenizer)]
+    while close and close[-1] == getattr(config, "pad_token_id", None):
+        close.pop()
+    return close
+
+
+def positive_probs(logits):
+    """Logits of steps (..., classes) -> probability that a step is not wrong (...).
+
+    Of two or three classes 1 - P(wrong), so that neutral counts as positive, as in Lightman et al.
+    2023; of one logit the sigmoid. Book 7.6.
+    """
+    if logits.shape[-1] == 1:
+        return logits[..., 0].sigmoid()
+    return logits.softmax(-1)[..., 1:].sum(-1)
+
+
+def solution_score(step_probs, step_mask, how):
+    """Probabilities of steps and their mask (R, S) -> scores of solutions (R,). Book 7.6.
+
+    product: the chance that every step is right (Lightman et al. 2023); or the minimum, the last or
+    the mean. A solution without a step has 0, not the empty product's 1.
+    """
+    scores = []
+    for all_probs, mask in zip(step_probs, step_mask, strict=True):
+        probs = all_probs[mask]
+        if len(probs) == 0:
+            scores.append(all_probs.new_zeros(()))
+        elif how == "product":
+            scores.append(probs.prod())
+        elif how == "minimum":
+            scores.append(probs.min())
+        elif how == "last":
+            scores.append(probs[-1])
+        elif how == "mean":
+            scores.append(probs.mean())
+        else:
+            raise ValueError(f"No score of a solution is called {how!r}.")
+    return torch.stack(scores)
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+def one_number(values):
+    """Rewards of completions -> (R,) float32; of lists of step rewards their means."""
+    numbers = []
+    for value in values:
+        if isinstance(value, list):
+            numbers.append(sum(value) / max(1, len(value)))
+        else:
+            numbers.append(value)
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+def greedy_rewards(policy, tokenizer, score, rows, max_new_tokens, batch_size):
+    """Answer the rows' prompts greedily, `batch_size` at a time -> rewards, texts (lists)."""
+    values = []
+    texts = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        prompts = [row["prompt"] for row in part]
+        _, answers, ended = generate(policy, tokenizer, prompts, 1, max_new_tokens, temperature=0)
+        values += score(prompts, answers, with_ended(part, ended))
+        texts += answers
+    return values, texts
+
+
+def report_greedy(run, policy, tokenizer, score, rows, batch_size):
+    """Answer held-out prompts greedily, and log their mean reward and the first answers.
+
+    The mean is called eval_accuracy where the script's verifier gives the rewards.
+    """
+    sizes = (run.args.max_new_tokens, batch_size)
+    values, texts = greedy_rewards(policy, tokenizer, score, rows, *sizes)
+    rewards = one_number(values)
+    name = "eval_accuracy" if is_verified(run.args) else "eval_reward"
+    run.log({name: rewards.mean()}, name)
+    run.samples([row["prompt"] for row in rows], texts, rewards.tolist(), held_out=True)
+
+
+def kl_from_start(policy, start, tokenizer, prompts, max_new_tokens, batch_size):
+    """Sample one completion of each prompt from the policy, `batch_size` at a time.
+
+    -> KL(policy || start) of each completion in nats (k1, N), texts.
+    """
+    kl = []
+    texts = []
+    for i in range(0, len(prompts), batch_size):
+        part = prompts[i : i + batch_size]
+        batch, sampled, _ = generate(policy, tokenizer, part, 1, max_new_tokens)
+        logps = fixed_logps(policy, batch, micro_batch_size=batch_size)
+        start_logps = fixed_logps(start, batch, micro_batch_size=batch_size)
+        kl.append(kl_estimate(logps, start_logps, "k1").sum(1))
+        texts += sampled
+    return torch.cat(kl), texts
+
 
 # --- The folder of a run --------------------------------------------------------------------------
 
+# Panels of curves.png: these first, then the others by name
+IMPORTANT = [
+    "eval_accuracy", "eval_reward", "eval_loss", "reward", "gold_reward", "accuracy", "loss", "kl",
+    "eval_kl", "completion_length", "ended", "entropy", "grad_norm",
+]  # fmt: skip
+
+
 class Run:
-    """args.json, metrics.jsonl, samples.jsonl, curves.png, checkpoint/, final/, and the progress.
-    Nothing is written before `begin`. Files are replaced in one move: a run killed at any moment,
-    or on a full disk, has the old one or the new one; of a folder at least NAME.old or NAME.new.
+    """The folder of a run: args.json, metrics.jsonl, samples.jsonl, curves.png, checkpoint, final.
+
+    Nothing is written before `begin`. A file is replaced in one move: a run that is killed at any
+    moment, or fills the disk, has the old file or the new one; of a folder at least NAME.old or
+    NAME.new.
     """
 
     def __init__(self, args):
-        self.args, self.folder, self.step = args, Path(args.output_dir), 0
-        old = self.folder / "args.json"
+        self.args = args
+        self.folder = Path(args.output_dir)
+        self.step = 0
+        self.bar = None
+        self.shown = []  # names of the figures for the closing line
+        self.warned = False
+        self.stopped_by = ""
         for name, value in vars(args).items():
-            count = name.startswith(("num_", "max_", "micro_", "batch_")) or name.endswith("_every")
-            least = int(count and isinstance(value, int))
-            if isinstance(value, int | float) and value < least:
-                stop(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-            path = Path(value if isinstance(value, str) else "")
-            if args.overwrite and path.exists() and self.folder.resolve() in path.resolve().parents:
-                stop(f"--overwrite would delete --{name.replace('_', '-')} {value}")
-        if self.folder.exists() and not (old.exists() and (args.resume or args.overwrite)):
+            self._check_flag(name, value)
+        old_args = self.folder / "args.json"
+        may_be_there = old_args.exists() and (args.resume or args.overwrite)
+        if self.folder.exists() and not may_be_there:
             stop(f"{self.folder} exists: use --resume or --overwrite, or another --output-dir")
         if args.resume:
             with stop_on_error(f"--resume: no run in {self.folder}"):
-                old = json.loads(old.read_text())
-            for key, value in vars(args).items():
-                if old.get(key) != value and key not in ("resume", "overwrite", "num_steps"):
-                    stop(f"--resume: {self.folder} began with {key} {old.get(key)}, not {value}")
+                old = json.loads(old_args.read_text())
+            for name, value in vars(args).items():
+                may_change = name in ("resume", "overwrite", "num_steps")
+                if old.get(name) != value and not may_change:
+                    stop(f"--resume: {self.folder} began with {name} {old.get(name)}, not {value}")
+
+    def _check_flag(self, name, value):
+        """Stop at a number below its least value, and where --overwrite would delete an input."""
+        flag = f"--{name.replace('_', '-')} {value}"
+        counted = name.startswith(("num_", "max_", "micro_", "batch_")) or name.endswith("_every")
+        least = 1 if counted and isinstance(value, int) else 0
+        if isinstance(value, int | float) and value < least:
+            stop(f"{flag}: must be at least {least}")
+        is_path = isinstance(value, str) and value and Path(value).exists()
+        if self.args.overwrite and is_path:
+            if self.folder.resolve() in Path(value).resolve().parents:
+                stop(f"--overwrite would delete {flag}")
 
     def begin(self, parts, num_steps):
-        """Make the folder, or load its checkpoint into parts: {name: model, optimiser, or a plain
-        object, whose attributes are its state}."""
-        self.parts, self.num_steps, self.start = parts, num_steps, time.time()
-        path, state = self.folder / "checkpoint" / "state.pt", {"sizes": {}}
+        """Make the folder, or load its checkpoint.
+
+        parts: {name: model, optimiser, scheduler, or a plain object whose attributes are its
+        state}: all that a checkpoint has to hold.
+        """
+        self.parts = parts
+        self.num_steps = num_steps
+        self.start = time.time()
+        sizes = {}
         if not self.args.resume:
             shutil.rmtree(self.folder, ignore_errors=True)
             text = json.dumps(vars(self.args), indent=1)
             self._replace("args.json", lambda new: new.write_text(text))
-        elif path.exists():
-            with stop_on_error(f"--resume: cannot read {path}"):
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            for name, part in parts.items():
-                load = getattr(part, "load_state_dict", vars(part).update)
-                load(state[name])
-            torch.set_rng_state(state["torch"])
-            torch.cuda.set_rng_state_all(state["cuda"])
-            random.setstate(state["random"])
-            self.step, self.start = state["step"], time.time() - state["seconds"]
+        elif (self.folder / "checkpoint" / "state.pt").exists():
+            sizes = self._load_checkpoint()
         for path in self.folder.glob("*.jsonl"):  # what came after the checkpoint comes again
-            os.truncate(path, state["sizes"].get(path.name, 0))
+            os.truncate(path, sizes.get(path.name, 0))
+
+    def _load_checkpoint(self):
+        """Load the parts, the random states and the step -> sizes of the files at that time."""
+        path = self.folder / "checkpoint" / "state.pt"
+        with stop_on_error(f"--resume: cannot read {path}"):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in self.parts.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(state[name])
+            else:
+                vars(part).update(state[name])
+        torch.set_rng_state(state["torch"])
+        torch.cuda.set_rng_state_all(state["cuda"])
+        random.setstate(state["random"])
+        self.step = state["step"]
+        self.start = time.time() - state["seconds"]
+        return state["sizes"]
+
+    def describe(self, model, num_rows, num_held_out, work):
+        """Print what is about to run. work: what a step consists of, in words."""
+        parameters = sum(p.numel() for p in model.parameters())
+        size = f"{parameters / 1e6:.1f} million parameters"
+        dtype = "bfloat16 autocast" if model.autocast_dtype else "float32"
+        print(f"{self.args.model}: {size}, on {model.device} in {dtype}")
+        print(
+            f"{num_rows} training rows, {num_held_out} held out; {self.num_steps} steps of {work}"
+        )
+        if self.step:
+            print(f"goes on after step {self.step} of {self.folder}")
 
     def steps(self):
-        """The numbers of the steps still to do; a checkpoint after every --checkpoint-every."""
-        quiet = not sys.stderr.isatty()
-        with tqdm(total=self.num_steps, initial=self.step, disable=quiet) as self.bar:
+        """Yield the numbers of the steps still to do; a checkpoint after every --checkpoint-every.
+
+        Ctrl-C and SIGTERM let the step come to its end, save a checkpoint and end the program; a
+        second Ctrl-C ends it at once.
+        """
+        self.bar = tqdm(total=self.num_steps, initial=self.step, disable=not sys.stderr.isatty())
+        with self.bar, self._signals_wait():
             while self.step < self.num_steps:
                 self.step += 1
                 yield self.step
                 self.bar.update()
+                if self.stopped_by:
+                    self.checkpoint()
+                    print(
+                        f"stopped by {self.stopped_by} after step {self.step}: a checkpoint is "
+                        "saved, and the same command with --resume goes on from here"
+                    )
+                    raise SystemExit(130)
                 if self.step % self.args.checkpoint_every == 0:
                     self.checkpoint()
 
-    def log(self, metrics, *show):
-        """A row of metrics.jsonl; `show` names the figures of the progress bar or printed lines."""
-        row = {k: float(f"{float(v):.6g}") for k, v in metrics.items() if math.isfinite(v)}
-        row |= {"step": self.step, "seconds": round(time.time() - self.start, 3)}
-        self.append("metrics.jsonl", [row])
-        figures = {k: f"{row[k]:.4g}" for k in show if k in row}
-        if sys.stderr.isatty() and self.step:
-            self.bar.set_postfix(figures)
-        elif self.step % max(1, self.num_steps // 20) == 0 or "eval" in str(show):
-            print(f"step {self.step}/{self.num_steps}", *map(" ".join, figures.items()), sep="  ")
-        if metrics.get("ended", 1) < 0.8:
-            warnings.warn("over 20 % of completions ran into --max-new-tokens", stacklevel=2)
+    @contextlib.contextmanager
+    def _signals_wait(self):
+        """Inside, Ctrl-C and SIGTERM only set `stopped_by`; a second one acts as it always did."""
+        before = {}
 
-    def samples(self, prompts, completions, rewards=()):
-        """Rows of samples.jsonl: what a person should read now and then."""
-        for p, c, r in zip(prompts, completions, rewards or [None] * len(prompts), strict=True):
-            self.append("samples.jsonl", [{"step": self.step, "prompt": p, "completion": c,
-                                           "reward": r}])
+        def note(number, frame):
+            self.stopped_by = signal.Signals(number).name
+            signal.signal(number, before[number])
+
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, note)
+        except ValueError:  # not in the main thread: signals do not come here
+            pass
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def log(self, metrics, *show, always=False):
+        """Add a row to metrics.jsonl. What is not finite is left out.
+
+        show: names of the figures to print: of evaluations (eval_...) always, of steps in the
+        progress bar, or in about twenty lines where the output is no terminal.
+        """
+        row = {}
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                row[name] = float(f"{float(value):.6g}")
+        row["step"] = self.step
+        row["seconds"] = round(time.time() - self.start, 3)
+        self.append("metrics.jsonl", [row])
+        figures = {name: f"{row[name]:.4g}" for name in show if name in row}
+        self.shown += [name for name in figures if name not in self.shown]
+        is_evaluation = any(name.startswith("eval_") for name in metrics)
+        if figures and (is_evaluation or always):
+            self._print_figures(figures)
+        elif figures and self.bar is not None and not self.bar.disable:
+            self.bar.set_postfix(figures)
+        elif figures and self.step % max(1, self.num_steps // 20) == 0:
+            self._print_figures(figures)
+        if metrics.get("ended", 1) < 0.8 and not self.warned:
+            self.warned = True
+            share = f"{1 - float(metrics['ended']):.0%}"
+            tqdm.write(
+                f"warning: {share} of the completions ran into --max-new-tokens "
+                f"{self.args.max_new_tokens}; raise it, or the model never learns to end",
+                file=sys.stderr,
+            )
+
+    def _print_figures(self, figures):
+        """A line above the progress bar."""
+        text = "  ".join(f"{name} {value}" for name, value in figures.items())
+        tqdm.write(f"step {self.step}/{self.num_steps}  {text}")
+
+    def samples(self, prompts, completions, rewards=None, held_out=False):
+        """Add the first --log-samples completions to samples.jsonl, for a person to read.
+
+        held_out: these prompts are answered at every evaluation; `finish` prints before and after.
+        """
+        rewards = rewards or [None] * len(prompts)
+        rows = []
+        for prompt, completion, reward in zip(prompts, completions, rewards, strict=True):
+            row = {"step": self.step, "prompt": prompt, "completion": completion, "reward": reward}
+            if held_out:
+                row["held_out"] = True
+            rows.append(row)
+        self.append("samples.jsonl", rows[: self.args.log_samples])
 
     def append(self, name, rows):
         """Add rows to a file of JSON Lines in the run's folder."""
         with stop_on_error(f"cannot write {self.folder / name}"):
-            with open(self.folder / name, "a") as f:
-                f.write("".join(json.dumps(row) + "\n" for row in rows))
+            with open(self.folder / name, "a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def write_rows(self, name, rows):
-        """A file of JSON Lines in the run's folder, in one move; name may have a folder in it."""
+        """Write a file of JSON Lines in the run's folder, in one move."""
         text = "".join(json.dumps(row) + "\n" for row in rows)
         self._replace(name, lambda new: new.write_text(text))
 
+    def read_rows(self, name):
+        """Rows of a file of JSON Lines in the run's folder; none where there is no such file."""
+        path = self.folder / name
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
     def checkpoint(self):
         """Save the parts, the random states and the step, so that --resume goes on bit for bit."""
-        state = {name: part.state_dict() if hasattr(part, "state_dict") else vars(part)
-                 for name, part in self.parts.items()} | {
-            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all(),
-            "random": random.getstate(), "step": self.step, "seconds": time.time() - self.start,
-            "sizes": {p.name: p.stat().st_size for p in self.folder.glob("*.jsonl")}}
+        state = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all(),
+            "random": random.getstate(),
+            "step": self.step,
+            "seconds": time.time() - self.start,
+            "sizes": {path.name: path.stat().st_size for path in self.folder.glob("*.jsonl")},
+        }
+        for name, part in self.parts.items():
+            has_state = hasattr(part, "state_dict")
+            state[name] = part.state_dict() if has_state else vars(part)
         self._replace("checkpoint/state.pt", lambda new: torch.save(state, new))
 
     def finish(self, tokenizer, models):
-        """Save {folder name: model} with the tokenizer, for `from_pretrained`; draw curves.png."""
+        """Save {folder name: model} with the tokenizer, draw curves.png, print what came of it."""
         self.checkpoint()
         for name, model in models.items():
-            self._replace(name, lambda new, model=model: [
-                part.save_pretrained(new) for part in (model, tokenizer)])
-            print(f"saved {self.folder / name} after {time.time() - self.start:.0f} s")
+            self._save_model(name, model, tokenizer)
+        rows = self.read_rows("metrics.jsonl")
         with contextlib.suppress(ImportError):  # no matplotlib, no picture
-            self._plot()
+            draw_curves(rows, self.folder / "curves.png")
+        self._print_answers()
+        self._print_changes(rows)
+        print(f"saved {self.folder} after {time.time() - self.start:.0f} s")
+        if (self.folder / "samples.jsonl").exists():
+            print(f"completions to read: {self.folder / 'samples.jsonl'}")
+        if (self.folder / "final" / "generation_config.json").exists():
+            print(f"to talk to the model: python {ROOT / 'plumbing.py'} {self.folder / 'final'}")
+
+    def _save_model(self, name, model, tokenizer):
+        def write(new):
+            model.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+
+        self._replace(name, write)
+
+    def _print_changes(self, rows):
+        """A line such as: eval_accuracy 0.442 -> 0.982, of the evaluations where there are such."""
+        names = [name for name in self.shown if name.startswith("eval_")] or self.shown
+        changes = []
+        for name in names:
+            values = [row[name] for row in rows if name in row]
+            if len(values) > 1:
+                changes.append(f"{name} {values[0]:.4g} -> {values[-1]:.4g}")
+        if changes:
+            print("first -> last: " + ", ".join(changes))
+
+    def _print_answers(self, most=2):
+        """The same held-out prompts answered at the first and at the last evaluation."""
+        rows = [row for row in self.read_rows("samples.jsonl") if row.get("held_out")]
+        if not rows or rows[0]["step"] == rows[-1]["step"]:
+            return
+        first = [row for row in rows if row["step"] == rows[0]["step"]]
+        last = [row for row in rows if row["step"] == rows[-1]["step"]]
+        for before, after in list(zip(first, last, strict=False))[:most]:
+            print(f"prompt: {_short(before['prompt'])}")
+            for word, row in (("before", before), ("after", after)):
+                reward = "" if row["reward"] is None else f" (reward {row['reward']:.4g})"
+                print(f"    {word}{reward}: {_short(row['completion'])}")
 
     def histogram(self, values):
-        """reward_histogram.png of {label: numbers (N,)}, where matplotlib is there."""
+        """Draw reward_histogram.png of {label: numbers (N,)}, where matplotlib is there."""
         with contextlib.suppress(ImportError):
-            from matplotlib.figure import Figure
-            figure = Figure(figsize=(5, 3), layout="constrained")
-            axes = figure.add_subplot(xlabel="score", ylabel="held-out completions")
-            axes.hist([*values.values()], bins=30, label=[*values], stacked=True)
-            axes.legend()
-            figure.savefig(self.folder / "reward_histogram.png")
+            draw_histogram(values, self.folder / "reward_histogram.png")
 
     def _replace(self, name, write):
-        path, new = self.folder / name, self.folder / f"{name}.new"
+        """Let `write(path)` write NAME.new, and put that in the place of NAME in one move."""
+        path = self.folder / name
+        new = self.folder / f"{name}.new"
+        old = self.folder / f"{name}.old"
         with stop_on_error(f"cannot write {path}; what was there is left"):
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(new, ignore_errors=True)  # what a killed run left of a folder
             write(new)
-            old = self.folder / f"{name}.old"
             if path.is_dir():  # no call replaces a folder: for a moment there is only .old
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(path, old)
             os.replace(new, path)
             shutil.rmtree(old, ignore_errors=True)
 
-    def _plot(self):
-        from matplotlib.figure import Figure
-        rows = [json.loads(line) for line in open(self.folder / "metrics.jsonl")]
-        names = sorted({k for row in rows for k in row} - {"step", "seconds"})
-        figure = Figure(figsize=(14, 2.5 * math.ceil(len(names) / 4)), layout="constrained")
-        for i, name in enumerate(names, 1):
-            axes = figure.add_subplot(math.ceil(len(names) / 4), 4, i, title=name)
-            axes.plot(*zip(*[(row["step"], row[name]) for row in rows if name in row], strict=True))
-        figure.savefig(self.folder / "curves.png")
+
+def _short(text, length=160):
+    """A text, or the last message of a chat, on one line of at most `length` characters."""
+    if isinstance(text, list):
+        text = text[-1].get("content")
+    line = str(text).replace("\n", " / ")
+    return line if len(line) <= length else line[:length] + " ..."
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+
+def draw_curves(rows, path):
+    """Draw each metric of metrics.jsonl by step: the important ones first, constants left out."""
+    from matplotlib.figure import Figure
+
+    names = set()
+    for row in rows:
+        names |= set(row)
+    names -= {"step", "seconds"}
+    points = {}
+    for name in sorted(names, key=_importance):
+        steps = [row["step"] for row in rows if name in row]
+        values = [row[name] for row in rows if name in row]
+        if len(set(values)) > 1:
+            points[name] = (steps, values)
+    if not points:
+        return
+    num_lines = math.ceil(len(points) / 4)
+    figure = Figure(figsize=(14, 2.5 * num_lines), layout="constrained")
+    for place, (name, (steps, values)) in enumerate(points.items(), 1):
+        axes = figure.add_subplot(num_lines, 4, place, title=name, xlabel="step")
+        marker = "o" if name.startswith("eval_") else ""
+        axes.plot(steps, values, marker=marker)
+    figure.savefig(path)
+
+
+def _importance(name):
+    """Sort key: the place in IMPORTANT, and after those the name."""
+    if name in IMPORTANT:
+        return IMPORTANT.index(name), ""
+    return len(IMPORTANT), name
+
+
+def draw_histogram(values, path):
+    """Draw the numbers of each label in {label: numbers (N,)} over each other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3), layout="constrained")
+    axes = figure.add_subplot(xlabel="score", ylabel="held-out completions")
+    lowest = min(float(numbers.min()) for numbers in values.values() if len(numbers))
+    highest = max(float(numbers.max()) for numbers in values.values() if len(numbers))
+    for label, numbers in values.items():
+        axes.hist(numbers, bins=30, range=(lowest, highest), label=label, alpha=0.5)
+    axes.legend()
+    figure.savefig(path)
+
+
+# --- Talk to a model ------------------------------------------------------------------------------
+
+
+def talk(path):
+    """Read prompts from the terminal and print the greedy answers of the model in a folder."""
+    quieten_transformers()
+    model = load_model(transformers.AutoModelForCausalLM, path, pick_device())
+    tokenizer = load_tokenizer(path)
+    print("one prompt per line; an empty line ends this")
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            return
+        if not prompt:
+            return
+        _, texts, _ = generate(model, tokenizer, [prompt], 1, 256, temperature=0)
+        print(texts[0])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("plumbing.py: give the folder of a model: python plumbing.py runs/grpo/final")
+    try:
+        talk(sys.argv[1])
+    except ValueError as error:
+        sys.exit(f"plumbing.py: {error}")

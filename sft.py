@@ -1,17 +1,18 @@
-"""SFT, instruction tuning: next-token cross-entropy on the completions alone.
+"""SFT, supervised fine-tuning or instruction tuning: cross-entropy on the completions alone.
 
-Read beside the RLHF Book, chapter 9, "Instruction Tuning" (draft of January 2025):
+Read beside the RLHF Book, chapter 9, "Instruction Tuning", of the draft of January 2025 (chapter 4
+of the printed edition):
     sft_loss    the loss over completion tokens; the prompt is masked, the EOS is not
 
 The draft prints no formula here. Choices it leaves open:
     1. A step's loss is one mean over all completion tokens of its rows, whatever the micro-batches.
-    2. Of a conversation (`messages`) every assistant turn is a completion, with all that comes
-       before it as its prompt.
+    2. In a conversation (`messages`) every assistant turn is a completion, and all that comes
+       before it is its prompt.
 
     python sft.py                                    # the toy, from random weights
     python sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset instructions.jsonl
 
-To use it elsewhere, copy this file, common.py and plumbing.py.
+To use it elsewhere, copy this file, common.py and plumbing.py, and pass --model and --dataset.
 """
 
 import math
@@ -23,51 +24,77 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import (Run, completion_logps, encode, encode_prompt, fixed_logps, generate, load_model,
-                    load_rows, load_splits, load_tokenizer, masked_mean, parse_args, pick_device,
-                    stop, stop_on_error, update)
+from common import completion_logps, encode, encode_prompt, fixed_logps, generate, masked_mean
+from plumbing import (
+    Run,
+    check_finite,
+    load_model,
+    load_rows,
+    load_splits,
+    load_tokenizer,
+    pick_device,
+    run_script,
+    stop,
+    stop_on_error,
+)
+
 
 @dataclass
 class Args:
-    model: str  # model to train: a folder or a name on the hub
+    model: str  # model to train: a folder, or a name on the hub
     dataset: str
-    """JSON Lines file, or owner/name:split of the hub: `prompt` + `completion` (or `response`), or
-    `messages`"""
-    eval_dataset: str = ""  # held-out rows of the same form; else --eval-size prompts of --dataset
-    output_dir: str = "runs/sft"  # folder of the run: metrics, curves, checkpoint, final model
-    resume: bool = False  # go on from the checkpoint in --output-dir, with the same flags
-    overwrite: bool = False  # replace the run in --output-dir
-    seed: int = 0  # seed of the data's order, of sampling, and of the weights with --from-scratch
-    device: str = "auto"  # torch device; auto: cuda, else mps, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of the forward pass (autocast; the weights are float32); auto: bfloat16 where cuda has it"""
+    """training rows, JSON Lines or owner/name:split on the hub: `prompt` and `completion` (or
+    `response`), or `messages`"""
+    eval_dataset: str = ""
+    """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
     from_scratch: bool = False  # start from random weights of the model's shape
+
+    output_dir: str = "runs/sft"  # folder for metrics, samples, curves, checkpoint and final model
+    resume: bool = False  # continue from the checkpoint in --output-dir, with the same flags
+    overwrite: bool = False  # replace the run in --output-dir
+    seed: int = 0  # seed for shuffling and sampling
+    device: str = "auto"  # torch device; auto: cuda if there is one, else mps, else cpu
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """dtype of the forward pass, while weights are float32; auto: bfloat16 if cuda supports it"""
     gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, a third more time"""
+    """recompute activations in the backward pass: less memory, more time"""
 
     num_epochs: int = 2  # passes over the data (Tulu 3: 2)
-    batch_size: int = 32  # completions a step (Tulu 3: 128)
-    micro_batch_size: int = 8  # completions a forward pass; changes the memory, not the gradient
+    batch_size: int = 32  # completions per step (Tulu 3: 128)
+    micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
     max_length: int = 1024
-    """tokens of prompt and completion; longer completions are cut and then have no EOS"""
+    """longest prompt and completion, in tokens; longer completions are cut and then have no EOS"""
     learning_rate: float = 5e-6
-    """peak of AdamW's (Tulu 3, 8B: 5e-6; small models take 10 times that)"""
-    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"  # after the warm-up
-    warmup_ratio: float = 0.03  # share of the steps with a rising learning rate (Tulu 3: 0.03)
-    weight_decay: float = 0.0  # AdamW's weight decay
-    max_grad_norm: float = 1.0  # largest norm of the gradient; longer ones are scaled down to it
+    """peak learning rate of AdamW (Tulu 3, 8B: 5e-6; small models take ten times that)"""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """course of the learning rate after the warm-up; linear and cosine fall to 0"""
+    warmup_ratio: float = 0.03  # fraction of the steps used for linear warm-up (Tulu 3: 0.03)
+    weight_decay: float = 0.0  # weight decay of AdamW
+    max_grad_norm: float = 1.0  # largest norm of the gradient; a longer one is scaled down to it
 
-    eval_size: int = 64  # prompts held out where there is no --eval-dataset; 0: none
+    eval_size: int = 64
+    """number of prompts held out of --dataset, at most a tenth, without --eval-dataset; 0: none"""
     eval_every: int = 100  # steps between evaluations; also before the first and after the last
     checkpoint_every: int = 100  # steps between checkpoints
-    log_samples: int = 4  # held-out prompts answered greedily into samples.jsonl at each evaluation
+    log_samples: int = 4
+    """held-out prompts answered greedily at each evaluation and written to samples.jsonl"""
     max_new_tokens: int = 128  # longest such answer, in tokens
 
-TOY = dict(model="toy/model", dataset="toy/sft_train.jsonl", eval_dataset="toy/sft_test.jsonl",
-           from_scratch=True, learning_rate=1e-3, lr_schedule="cosine", warmup_ratio=0.05,
-           micro_batch_size=32, max_new_tokens=48)
+
+TOY = dict(
+    model="toy/model",
+    dataset="toy/sft_train.jsonl",
+    eval_dataset="toy/sft_test.jsonl",
+    from_scratch=True,
+    learning_rate=1e-3,
+    lr_schedule="cosine",
+    warmup_ratio=0.05,
+    micro_batch_size=32,
+    max_new_tokens=48,
+)
 
 # --- The algorithm --------------------------------------------------------------------------------
+
 
 def sft_loss(logps, mask):
     """-mean of log pi(y_t | x, y_<t) over completion tokens: logps, mask (R, Tc) -> scalar, nats.
@@ -76,88 +103,134 @@ def sft_loss(logps, mask):
     """
     return -masked_mean(logps, mask)
 
+
 # --- The task: change this for your own -----------------------------------------------------------
+
 
 def to_pairs(row):
     """A row -> list of (prompt, completion text)."""
-    if row.get("messages"):
-        chat = row["messages"]
-        turns = [i for i, turn in enumerate(chat) if i and turn["role"] == "assistant"]
-        return [(chat[:i], chat[i]["content"]) for i in turns]
-    return [(row["prompt"], row.get("completion") or row["response"])]
+    if not row.get("messages"):
+        return [(row["prompt"], row.get("completion") or row["response"])]
+    chat = row["messages"]
+    pairs = []
+    for i, turn in enumerate(chat):
+        if i > 0 and turn["role"] == "assistant":
+            pairs.append((chat[:i], turn["content"]))
+    return pairs
 
-# --- Training -------------------------------------------------------------------------------------
+
+# --- Rows -----------------------------------------------------------------------------------------
+
 
 def load_pairs(rows, tokenizer, max_length, name):
-    """Rows -> (prompt, completion) pairs, less those whose prompt leaves no room; says how many."""
-    pairs, total, cut = [], 0, 0
+    """Rows -> (prompt, completion) pairs, less those whose prompt leaves no room for a completion.
+
+    Prints how many were dropped, and how many completions are cut.
+    """
+    pairs = []
+    num_pairs = 0
+    num_cut = 0
     for row in rows:
         with stop_on_error(f"{name}: neither a prompt with a completion nor messages: {row}"):
             for prompt, text in to_pairs(row):
-                total += 1
+                num_pairs += 1
                 room = max_length - len(encode_prompt(tokenizer, prompt))
                 if not text.strip():
                     stop(f"{name}: an empty completion of {prompt}")
                 if room > 0:
                     pairs.append((prompt, text))
-                    cut += len(tokenizer(text, add_special_tokens=False)["input_ids"]) >= room
-    if cut or total > len(pairs):
-        print(f"{name}: of {total} completions, dropped {total - len(pairs)} whose prompt fills "
-              f"--max-length {max_length}, cut {cut} that pass it")
-    return pairs or (rows and stop(f"{name}: no completion fits in --max-length {max_length}"))
+                    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                    num_cut += len(ids) >= room
+    if num_cut or num_pairs > len(pairs):
+        print(
+            f"{name}: of {num_pairs} completions, dropped {num_pairs - len(pairs)} whose prompt "
+            f"fills --max-length {max_length}, cut {num_cut} that pass it"
+        )
+    if rows and not pairs:
+        stop(f"{name}: no completion fits in --max-length {max_length}")
+    return pairs
+
+
+def encode_pairs(tokenizer, pairs, max_length):
+    """(prompt, completion) pairs -> Batch."""
+    prompts = [prompt for prompt, _ in pairs]
+    completions = [[text] for _, text in pairs]
+    return encode(tokenizer, prompts, completions, max_length)
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
 
 def evaluate(model, tokenizer, pairs, max_length, micro_batch_size):
-    """Mean loss over all completion tokens of the pairs, nats."""
-    total, tokens = 0.0, 0
-    for i in range(0, len(pairs), micro_batch_size):
-        prompts, texts = zip(*pairs[i:i + micro_batch_size], strict=True)
-        batch = encode(tokenizer, prompts, [[t] for t in texts], max_length).to(model.device)
-        num_tokens = batch.completion_mask.sum().item()
+    """Mean loss over all completion tokens of the pairs, in nats."""
+    total = 0.0
+    num_tokens = 0
+    for start in range(0, len(pairs), micro_batch_size):
+        part = pairs[start : start + micro_batch_size]
+        batch = encode_pairs(tokenizer, part, max_length).to(model.device)
+        part_tokens = batch.completion_mask.sum().item()
         logps = fixed_logps(model, batch, micro_batch_size=micro_batch_size)
-        total += sft_loss(logps, batch.completion_mask).item() * num_tokens
-        tokens += num_tokens
-    return total / tokens
+        total += sft_loss(logps, batch.completion_mask).item() * part_tokens
+        num_tokens += part_tokens
+    return total / num_tokens
+
+
+def answer(model, tokenizer, prompt, max_length, max_new_tokens):
+    """Greedy answer to one prompt -> text."""
+    room = max_length - len(encode_prompt(tokenizer, prompt))
+    most = min(max_new_tokens, room)
+    _, texts, _ = generate(model, tokenizer, [prompt], 1, most, temperature=0)
+    return texts[0]
+
+
+# --- Training -------------------------------------------------------------------------------------
+
 
 def main(args: Args):
     run = Run(args)
     torch.manual_seed(args.seed)
-    device, tokenizer = pick_device(args.device), load_tokenizer(args.model)
+    device = pick_device(args.device)
+    tokenizer = load_tokenizer(args.model)
     columns = ("messages", "prompt"), ("messages", "completion", "response")
     rows, eval_rows = load_splits(args, lambda path: load_rows(path, *columns))
-    model = load_model(AutoModelForCausalLM, args.model, device, args.dtype,
-                       args.gradient_checkpointing, args.from_scratch)
+    options = (device, args.dtype, args.gradient_checkpointing, args.from_scratch)
+    model = load_model(AutoModelForCausalLM, args.model, *options)
     max_length = min(args.max_length, model.context)
     pairs = load_pairs(rows, tokenizer, max_length, args.dataset)
     eval_pairs = load_pairs(eval_rows, tokenizer, max_length, args.eval_dataset or "held out")
 
-    order = [i for epoch in range(args.num_epochs)  # each epoch in an order of its own
-             for i in random.Random(f"{args.seed} {epoch}").sample(range(len(pairs)), len(pairs))]
+    order = []
+    for epoch in range(args.num_epochs):  # each epoch in an order of its own
+        shuffle = random.Random(f"{args.seed} {epoch}")
+        order += shuffle.sample(range(len(pairs)), len(pairs))
     num_steps = math.ceil(len(order) / args.batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate,
-                                  weight_decay=args.weight_decay, fused=True)
-    warmup = round(args.warmup_ratio * num_steps)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+    )
     schedule = args.lr_schedule if args.lr_schedule != "constant" else "constant_with_warmup"
+    warmup = round(args.warmup_ratio * num_steps)
     scheduler = get_scheduler(schedule, optimizer, warmup, num_steps)
     run.begin({"model": model, "optimizer": optimizer, "scheduler": scheduler}, num_steps)
+    run.describe(model, len(pairs), len(eval_pairs), f"{args.batch_size} completions")
 
     def report():
         if not eval_pairs:
             return
         eval_loss = evaluate(model, tokenizer, eval_pairs, max_length, args.micro_batch_size)
         run.log({"eval_loss": eval_loss}, "eval_loss")
-        for prompt, _ in eval_pairs[:args.log_samples]:
-            room = max_length - len(encode_prompt(tokenizer, prompt))
-            texts = generate(model, tokenizer, [prompt], 1, min(args.max_new_tokens, room), 0)[1]
-            run.samples([prompt], texts)
+        asked = [prompt for prompt, _ in eval_pairs[: args.log_samples]]
+        answers = []
+        for prompt in asked:
+            answers.append(answer(model, tokenizer, prompt, max_length, args.max_new_tokens))
+        run.samples(asked, answers, held_out=True)
 
     if run.step == 0:
         report()
     for step in run.steps():
         start = time.time()
         # 1. Draw the rows of this step
-        index = order[(step - 1) * args.batch_size:step * args.batch_size]
-        prompts, texts = zip(*[pairs[i] for i in index], strict=True)
-        batch = encode(tokenizer, prompts, [[t] for t in texts], max_length).to(device)
+        index = order[(step - 1) * args.batch_size : step * args.batch_size]
+        batch = encode_pairs(tokenizer, [pairs[i] for i in index], max_length).to(device)
         num_tokens = batch.completion_mask.sum().item()
 
         # 2. Log-probs and loss; each micro-batch weighs as much as its share of the step's tokens
@@ -172,15 +245,25 @@ def main(args: Args):
 
         # 3. Gradient step
         lr = scheduler.get_last_lr()[0]
-        grad_norm = update(optimizer, scheduler, loss, args.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        check_finite(loss, grad_norm.item())
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
 
         # 4. Log
-        run.log({"loss": loss, "grad_norm": grad_norm, "lr": lr,
-                 "completion_length": num_tokens / len(index),
-                 "tokens_per_second": num_tokens / (time.time() - start)}, "loss", "lr")
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm.item(),
+            "lr": lr,
+            "completion_length": num_tokens / len(index),
+            "tokens_per_second": num_tokens / (time.time() - start),
+        }
+        run.log(metrics, "loss", "lr")
         if step % args.eval_every == 0 or step == num_steps:
             report()
     run.finish(tokenizer, {"final": model})
 
+
 if __name__ == "__main__":
-    main(parse_args(Args, TOY))
+    run_script(main, Args, TOY)

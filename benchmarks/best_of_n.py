@@ -4,6 +4,7 @@
 
 Beside them: a random choice, which is the policy's accuracy, and the oracle: is any of the 8 right?
 """
+
 import sys
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import (ROOT, generate, load_model, load_reward, load_rows, load_tokenizer,
-                    with_ended)
+from common import generate
+from plumbing import ROOT, load_model, load_reward, load_rows, load_tokenizer, with_ended
 
 N = 8
 
@@ -24,8 +25,13 @@ def main(folders):
     tokenizer = load_tokenizer(ROOT / "toy/model")
     _, texts, ended = generate(policy, tokenizer, [row["prompt"] for row in rows], N, 48)
     of_each = with_ended([row for row in rows for _ in range(N)], ended)
-    right = torch.tensor([t.rpartition("\n")[2] == row["answer"]
-                          for t, row in zip(texts, of_each, strict=True)]).float().view(-1, N)
+    right = (
+        torch.tensor(
+            [t.rpartition("\n")[2] == row["answer"] for t, row in zip(texts, of_each, strict=True)]
+        )
+        .float()
+        .view(-1, N)
+    )
     print(f"| chosen by | accuracy of {len(rows)} problems |\n|---|---|")
     print(f"| chance | {right.mean():.3f} |")
     for folder in folders:

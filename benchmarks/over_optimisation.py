@@ -7,6 +7,7 @@ metrics, beside best of N on the same reward model: no training, KL = log N - (N
 10.3). Proxy: the reward model's score, as z = (score - mean) / standard deviation over the first
 policy's completions. Gold: the share of right answers. Needs matplotlib.
 """
+
 import math
 import sys
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ import tyro
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import (ROOT, generate, load_model, load_reward, load_rows, load_tokenizer,
-                    with_ended)
+from common import generate
+from plumbing import ROOT, load_model, load_reward, load_rows, load_tokenizer, with_ended
 from plot import load
 from rejection_sampling import best_of_n_kl, best_of_n_reward, verifier
 
@@ -39,9 +40,10 @@ class Args:
 
 def main(args: Args):
     from matplotlib.figure import Figure
+
     torch.manual_seed(args.seed)
     device = torch.device("cpu")
-    rows = load_rows(args.dataset, "prompt", "answer")[:args.num_prompts]
+    rows = load_rows(args.dataset, "prompt", "answer")[: args.num_prompts]
     tokenizer = load_tokenizer(args.model)
     policy = load_model(AutoModelForCausalLM, args.model, device)
     G, texts, of_each = args.num_generations, [], []
@@ -55,8 +57,9 @@ def main(args: Args):
     mean, std = proxy.mean(), proxy.std()
     sizes = [2**i for i in range(int(math.log2(G)) + 1)]
     kl = [best_of_n_kl(n) for n in sizes]
-    bon = [[best_of_n_reward(proxy, n, x).item() for n in sizes]
-           for x in ((proxy - mean) / std, gold)]
+    bon = [
+        [best_of_n_reward(proxy, n, x).item() for n in sizes] for x in ((proxy - mean) / std, gold)
+    ]
     run = load(args.run, ("kl", "reward", "gold_reward"), args.window)
     run[1] = (run[1] - mean) / std
 

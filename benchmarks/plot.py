@@ -5,6 +5,7 @@
 Each LABEL=FOLDER,FOLDER,... is one curve: the mean over its runs, its band from their least to
 their greatest. Needs matplotlib.
 """
+
 import itertools
 import json
 from dataclasses import dataclass
@@ -37,19 +38,23 @@ def load(folder, names, window, num_steps=0):
 
 def main(args: Args):
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot(xlabel=args.x, ylabel=", ".join(args.y), title=args.title)
     for curve, name in itertools.product(args.curves, args.y):
         label, _, folders = curve.partition("=")
         label += f" {name}" * (len(args.y) > 1)
-        runs = [load(folder, (args.x, name), args.window, args.num_steps)
-                for folder in folders.split(",")]
+        runs = [
+            load(folder, (args.x, name), args.window, args.num_steps)
+            for folder in folders.split(",")
+        ]
         n = min(run.shape[1] for run in runs)
         x, y = torch.stack([run[:, :n] for run in runs], dim=1)  # (runs, n) each
         (line,) = axes.plot(x.mean(0), y.mean(0), label=label)
         if args.x == "step":
-            axes.fill_between(x[0], y.min(0).values, y.max(0).values, alpha=0.2,
-                              color=line.get_color())
+            axes.fill_between(
+                x[0], y.min(0).values, y.max(0).values, alpha=0.2, color=line.get_color()
+            )
         print(f"{label}: last {name} {y[:, -1].mean():.4g}, {args.x} {x[:, -1].mean():.4g}")
     axes.legend()
     if args.log_y:

@@ -16,6 +16,7 @@ completions are replaced by given ones for that. The peers:
 TRL's gradient checkpointing and bfloat16, which are its defaults, are switched off. Its metrics,
 such as entropy, accuracy of tokens and mean logits, are not: they are part of its step.
 """
+
 import json
 import os
 import statistics
@@ -32,7 +33,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = ROOT / "benchmarks/sides.py"
 sys.path.insert(0, str(ROOT))
-from common import encode_prompt, load_rows, load_tokenizer, parse_args, stop  # noqa: E402
+from common import encode_prompt  # noqa: E402
+from plumbing import load_rows, load_tokenizer, parse_args, stop  # noqa: E402
+
 
 @dataclass
 class Args:
@@ -47,32 +50,36 @@ class Args:
     keep_memory: bool = False  # both sides keep the memory that they free (Linux)
     out: str = ""  # file to which the results are added, JSON Lines
 
+
 # name, kind, peer, tokens of the prompt and of the completion
-CASES = [("log-probs (a) 192 + 64, 8 each", "logps", "trl", 192, 64),
-         ("log-probs (b) 32 + 96, 8 each", "logps", "trl", 32, 96),
-         ("log-probs (c) pairs", "logps", "trl", 0, 0),
-         ("generate (d) lengths vary", "generate", "hf", 0, 192),
-         ("generate, equal lengths", "generate", "hf", 32, 64),
-         ("generate, equal lengths, 8 each", "generate", "hf", 192, 64),
-         ("GRPO step (a)", "grpo", "trl", 192, 64),
-         ("GRPO step (b)", "grpo", "trl", 32, 96),
-         ("RLOO step (a)", "reinforce_rloo", "trl", 192, 64),
-         ("DPO step (c)", "dpo_nll", "trl", 0, 0),
-         ("reward model step (c)", "rm_bt", "trl", 0, 0),
-         ("SFT step (c), chosen", "sft", "trl", 0, 0),
-         ("PPO step (a)", "ppo", "plain", 192, 64),
-         ("GRPO step (a)", "grpo", "plain", 192, 64),
-         ("RLOO step (a)", "reinforce_rloo", "plain", 192, 64),
-         ("K-wise step (a)", "rm_kwise", "plain", 192, 64),
-         ("ORM step (a)", "prm", "plain", 192, 64),
-         ("DPO step (c)", "dpo_nll", "plain", 0, 0),
-         ("reward model step (c)", "rm_bt", "plain", 0, 0)]
+CASES = [
+    ("log-probs (a) 192 + 64, 8 each", "logps", "trl", 192, 64),
+    ("log-probs (b) 32 + 96, 8 each", "logps", "trl", 32, 96),
+    ("log-probs (c) pairs", "logps", "trl", 0, 0),
+    ("generate (d) lengths vary", "generate", "hf", 0, 192),
+    ("generate, equal lengths", "generate", "hf", 32, 64),
+    ("generate, equal lengths, 8 each", "generate", "hf", 192, 64),
+    ("GRPO step (a)", "grpo", "trl", 192, 64),
+    ("GRPO step (b)", "grpo", "trl", 32, 96),
+    ("RLOO step (a)", "reinforce_rloo", "trl", 192, 64),
+    ("DPO step (c)", "dpo_nll", "trl", 0, 0),
+    ("reward model step (c)", "rm_bt", "trl", 0, 0),
+    ("SFT step (c), chosen", "sft", "trl", 0, 0),
+    ("PPO step (a)", "ppo", "plain", 192, 64),
+    ("GRPO step (a)", "grpo", "plain", 192, 64),
+    ("RLOO step (a)", "reinforce_rloo", "plain", 192, 64),
+    ("K-wise step (a)", "rm_kwise", "plain", 192, 64),
+    ("ORM step (a)", "prm", "plain", 192, 64),
+    ("DPO step (c)", "dpo_nll", "plain", 0, 0),
+    ("reward model step (c)", "rm_bt", "plain", 0, 0),
+]
 G = 8  # completions a prompt
 # glibc gives large blocks back to the system. On some machines taking them again costs as much as
 # the computation: a gain for the side that needs less memory, us, that other machines do not see.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 # --- What both sides get --------------------------------------------------------------------------
+
 
 def texts_of_length(tokenizer, length, count):
     """Different texts of exactly `length` tokens, from this repository's own files."""
@@ -84,11 +91,12 @@ def texts_of_length(tokenizer, length, count):
     while len(found) < count:
         if start + length > len(ids):
             stop(f"the repository's text is too short for {count} texts of {length} tokens")
-        text = tokenizer.decode(ids[start:start + length])
+        text = tokenizer.decode(ids[start : start + length])
         fits = len(tokenizer(text)["input_ids"]) == length and text.strip()
         found += [text] if fits else []
         start += length if fits else 1
     return found
+
 
 def prepare(args, work):
     """In the folder `work`: the model without its chat template, so that both sides see the same
@@ -97,20 +105,26 @@ def prepare(args, work):
     tokenizer = load_tokenizer(args.model)
     pairs = []
     read = load_rows(args.pairs, "prompt", "chosen", "rejected")
-    for row in read[:args.num_pairs]:
-        text = {k: v if isinstance(v, str) else v[-1]["content"] for k, v in row.items()
-                if k in ("chosen", "rejected")}
+    for row in read[: args.num_pairs]:
+        text = {
+            k: v if isinstance(v, str) else v[-1]["content"]
+            for k, v in row.items()
+            if k in ("chosen", "rejected")
+        }
         prompt = tokenizer.decode(encode_prompt(tokenizer, row["prompt"]))
         pairs.append({"prompt": prompt, "completion": text["chosen"], **text})
-    prompts = {tokenizer.decode(encode_prompt(tokenizer, row["prompt"])): 0
-               for row in read[:4 * args.num_pairs]}
+    prompts = {
+        tokenizer.decode(encode_prompt(tokenizer, row["prompt"])): 0
+        for row in read[: 4 * args.num_pairs]
+    }
     tokenizer.chat_template = None
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     torch.manual_seed(0)
-    rm = AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=1,
-                                                            dtype=torch.float32)
+    rm = AutoModelForSequenceClassification.from_pretrained(
+        args.model, num_labels=1, dtype=torch.float32
+    )
     for m in model, rm:
         m.config.pad_token_id = tokenizer.pad_token_id
     for name, part in ("model", model), ("model", tokenizer), ("rm", rm), ("rm", tokenizer):
@@ -120,41 +134,68 @@ def prepare(args, work):
         if length:
             texts = texts_of_length(tokenizer, length, args.num_prompts)
             some = iter(texts_of_length(tokenizer, tokens - 1, args.num_prompts * G))
-            rows = [{"prompt": t, "completions": [next(some) for _ in range(G)],
-                     "ranks": [*range(G)]} for t in texts]
+            rows = [
+                {"prompt": t, "completions": [next(some) for _ in range(G)], "ranks": [*range(G)]}
+                for t in texts
+            ]
         elif tokens:  # more prompts, so that the lengths of the greedy answers vary
             rows = [{"prompt": p} for p in prompts]
         (work / f"{length}_{tokens}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        flat = [{"prompt": row["prompt"], "completion": c, "label": i % 2 == 0}
-                for row in rows for i, c in enumerate(row.get("completions", []))]
+        flat = [
+            {"prompt": row["prompt"], "completion": c, "label": i % 2 == 0}
+            for row in rows
+            for i, c in enumerate(row.get("completions", []))
+        ]
         (work / f"{length}_{tokens}_flat.jsonl").write_text("\n".join(map(json.dumps, flat)))
 
+
 # --- The table ------------------------------------------------------------------------------------
+
 
 def measure(job, side, work):
     """Start a process for one side -> its line, as a dictionary."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
         job = job | {"side": side, "output": f"{folder}/run"}
-        done = subprocess.run([sys.executable, str(SIDES), json.dumps(job)],
-                              capture_output=True, text=True, cwd=folder,
-                              env={**(KEEP_MEMORY if job["keep_memory"] else {}), **os.environ,
-                                   "HF_HUB_OFFLINE": "1", "HF_HOME": f"{folder}/hf"})
+        done = subprocess.run(
+            [sys.executable, str(SIDES), json.dumps(job)],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            env={
+                **(KEEP_MEMORY if job["keep_memory"] else {}),
+                **os.environ,
+                "HF_HUB_OFFLINE": "1",
+                "HF_HOME": f"{folder}/hf",
+            },
+        )
     if done.returncode:
         stop(f"{job['name']}, {side}: {' '.join(done.stderr.strip().splitlines()[-3:])}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
+
 def main(args):
-    print("| case | dtype | peer | seconds: ours, peer | tokens a second | times as fast "
-          "| memory, GB: ours, peer | share |\n|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| case | dtype | peer | seconds: ours, peer | tokens a second | times as fast "
+        "| memory, GB: ours, peer | share |\n|---|---|---|---|---|---|---|---|",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as work:
         prepare(args, Path(work))
         for dtype in args.dtypes:
             for name, kind, peer, length, tokens in CASES:
                 if args.cases and not any(c in f"{name} {peer}" for c in args.cases):
                     continue
-                job = dict(name=name, kind=kind, tokens=tokens, dtype=dtype, model=f"{work}/model",
-                           rm=f"{work}/rm", rows=f"{work}/{length}_{tokens}.jsonl",
-                           num_steps=args.num_steps, keep_memory=args.keep_memory)
+                job = dict(
+                    name=name,
+                    kind=kind,
+                    tokens=tokens,
+                    dtype=dtype,
+                    model=f"{work}/model",
+                    rm=f"{work}/rm",
+                    rows=f"{work}/{length}_{tokens}.jsonl",
+                    num_steps=args.num_steps,
+                    keep_memory=args.keep_memory,
+                )
                 sides = {"ours": [], peer: []}
                 for _ in range(args.rounds):
                     for side, results in sides.items():
@@ -166,6 +207,7 @@ def main(args):
                     with open(args.out, "a") as f:
                         f.write(json.dumps({**job, "peer": peer, "sides": sides}) + "\n")
 
+
 def summary(kind, ours, peer, dtype="float32"):
     """Results of both sides -> the cells of a row; where they did not compute the same, it says so.
     RLOO's losses are compared by their gradient alone: TRL's has the ratio in place of its log.
@@ -176,13 +218,18 @@ def summary(kind, ours, peer, dtype="float32"):
     a, b, coarse = ours[0], peer[0], dtype != "float32"
     greedy = kind == "generate" and coarse
     tolerance = 5e-2 if greedy else 1e-2 if coarse else 1e-4
-    for what in ("norm", "loss")[:1 if greedy or kind == "reinforce_rloo" else 2]:
+    for what in ("norm", "loss")[: 1 if greedy or kind == "reinforce_rloo" else 2]:
         if abs(a[what] - b[what]) > tolerance * max(abs(a[what]), abs(b[what])) + tolerance / 100:
             return (f"not the same: {what} {a[what]:.6g} and {b[what]:.6g}", "", "", "", "")
     digits = 2 if medians[0] > 1 else 3
-    return (", ".join(f"{m:.{digits}f}" for m in medians),
-            ", ".join(f"{a['tokens'] / m:.0f}" for m in medians), medians[1] / medians[0],
-            f"{peaks[0]:.2f}, {peaks[1]:.2f}", peaks[0] / peaks[1])
+    return (
+        ", ".join(f"{m:.{digits}f}" for m in medians),
+        ", ".join(f"{a['tokens'] / m:.0f}" for m in medians),
+        medians[1] / medians[0],
+        f"{peaks[0]:.2f}, {peaks[1]:.2f}",
+        peaks[0] / peaks[1],
+    )
+
 
 if __name__ == "__main__":
     main(parse_args(Args, {}))

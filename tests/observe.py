@@ -61,6 +61,16 @@ class Seen:
     def evals(self):
         return [row for row in self.rows if any(key.startswith("eval_") for key in row)]
 
+    @property
+    def samples(self):
+        """Rows of samples.jsonl that were sampled in training."""
+        return [row for row in self.read("samples.jsonl") if "held_out" not in row]
+
+    @property
+    def held_out_samples(self):
+        """Rows of samples.jsonl that answer held-out prompts at an evaluation."""
+        return [row for row in self.read("samples.jsonl") if row.get("held_out") is True]
+
     def weights(self, name="final"):
         return load_file(self.folder / name / "model.safetensors")
 
@@ -123,9 +133,11 @@ def observe(script, args, picture=False):
         for name in SPIED:
             if hasattr(script, name):
                 spy(patch, seen, script, name)
+        if not hasattr(script, "greedy_rewards"):
+            spy(patch, seen, plumbing, "greedy_rewards")  # which report_greedy calls
         patch.setattr(torch.optim, "AdamW", make)
         if not picture:
-            patch.setattr(plumbing.Run, "_plot", lambda self: None)
+            patch.setattr(plumbing, "draw_curves", lambda rows, path: None)
         script.main(args)
     return seen
 
@@ -138,7 +150,7 @@ def observe(script, args, picture=False):
 
 def refused(run, *words, **changes):
     """The run ends with one line that has these words."""
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ValueError) as stopped:
         run(**changes)
     assert all(word in str(stopped.value) for word in words), stopped.value
 

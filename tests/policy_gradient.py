@@ -400,14 +400,47 @@ def check_evaluations(seen, calls):
         assert logged.keys() == {"eval_reward", "step", "seconds"}
 
 
-def check_samples(seen, steps):
-    """samples.jsonl has the first completions of each step; steps: a list of Rows for each."""
+def check_samples(seen, steps, calls):
+    """samples.jsonl has a completion of each of the first prompts of a step, and the answers to the
+    first held-out prompts at each evaluation; steps: a list of Rows for each."""
+    args = seen.args
     wanted = []
     for step, rows in enumerate(steps, 1):
-        for row in rows[: seen.args.log_samples]:
+        for row in rows[:: args.num_generations][: args.log_samples]:
             wanted.append((step, row.row["prompt"], row.text, pytest.approx(row.value)))
-    got = seen.read("samples.jsonl")
+    got = seen.samples
     assert [(x["step"], x["prompt"], x["completion"], x["reward"]) for x in got] == wanted
+    wanted = []
+    for step in sorted(evaluated_steps(args)):
+        call = calls["eval", step]
+        answers = zip(call["prompts"], call["completions"], call["values"], strict=True)
+        for prompt, text, value in list(answers)[: args.log_samples]:
+            wanted.append((step, prompt, text, pytest.approx(one_number(value))))
+    got = seen.held_out_samples
+    assert [(x["step"], x["prompt"], x["completion"], x["reward"]) for x in got] == wanted
+
+
+def check_output(out):
+    """What a run of one step prints: what it is, its figures in order, what came of it."""
+    wanted = [
+        r".*tiny.*: 0.0 million parameters, on cpu in float32",
+        r"\d+ training rows, \d+ held out; 1 steps of \d+ prompts x \d+ completions",
+        r"step 0/1  eval_reward \S+",
+        r"step 1/1  reward \S+  kl \S+  completion_length \S+",
+        r"step 1/1  eval_reward \S+",
+        r"prompt: .*",
+        r"    before \(reward \S+\): .*",
+        r"    after \(reward \S+\): .*",
+        r"prompt: .*",
+        r"    before \(reward \S+\): .*",
+        r"    after \(reward \S+\): .*",
+        r"first -> last: eval_reward \S+ -> \S+",
+        r"saved .* after \d+ s",
+        r"completions to read: .*samples.jsonl",
+        r"to talk to the model: python .*plumbing.py .*final",
+    ]
+    for line, pattern in zip(out.splitlines(), wanted, strict=True):
+        assert re.fullmatch(pattern, line), line
 
 
 def check_speed(run):
@@ -645,8 +678,9 @@ def flag_reward_model(run, base, folder):
     values = model_values(scorer, tokenizer, rows)
     assert got.asked == [] and "gold_reward" in got.steps[0]
     assert got.steps[0]["reward"] == pytest.approx(mean(values), rel=1e-3)
-    samples = [row["reward"] for row in got.read("samples.jsonl")]
-    assert samples == pytest.approx(values[:4], rel=1e-3)
+    samples = [row["reward"] for row in got.samples]
+    G = got.args.num_generations
+    assert samples == pytest.approx(values[::G][:4], rel=1e-3)
     assert got.evals[0].keys() == {"eval_reward", "step", "seconds"}
     assert got.arguments("load_reward", "micro_batch_size") == [4]
     assert got.arguments("load_reward", "dtype") == ["auto"]
@@ -738,7 +772,8 @@ def flag_eval_size(run, base, folder):
 def flag_log_samples(run, base, folder):
     """So many completions a step in samples.jsonl."""
     got = run(log_samples=2)
-    assert [row["step"] for row in got.read("samples.jsonl")] == [1, 1, 2, 2, 3, 3]
+    assert [row["step"] for row in got.samples] == [1, 1, 2, 2, 3, 3]
+    assert [row["step"] for row in got.held_out_samples] == [0, 0, 3, 3]
     assert run(log_samples=0, num_steps=1).read("samples.jsonl") == []
     changes_nothing(got, base)
 

@@ -20,7 +20,11 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CROSS_DEVICE = {"aten::_to_copy", "aten::copy_", "aten::_local_scalar_dense", "aten::set_"}
-INDEXING = ("aten::index", "aten::_index", "aten::_unsafe_index")  # CUDA takes CPU index tensors too
+INDEXING = (
+    "aten::index",
+    "aten::_index",
+    "aten::_unsafe_index",
+)  # CUDA takes CPU index tensors too
 
 
 def _is_sim(x) -> bool:
@@ -33,8 +37,14 @@ class SimTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, raw):
         return torch.Tensor._make_wrapper_subclass(
-            cls, raw.shape, strides=raw.stride(), storage_offset=raw.storage_offset(), dtype=raw.dtype,
-            layout=raw.layout, device=torch.device("sim", 0), requires_grad=False,
+            cls,
+            raw.shape,
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            layout=raw.layout,
+            device=torch.device("sim", 0),
+            requires_grad=False,
         )
 
     def __init__(self, raw):
@@ -68,7 +78,10 @@ def _run(func, args, kwargs):
                     f"but found sim:0 and cpu (the CPU tensor has shape {tuple(x.shape)})"
                 )
     wrapped = {id(x.raw): x for x in sims}
-    raw = [x.raw if isinstance(x, SimTensor) else torch.device("cpu") if _is_sim(x) else x for x in flat]
+    raw = [
+        x.raw if isinstance(x, SimTensor) else torch.device("cpu") if _is_sim(x) else x
+        for x in flat
+    ]
     cpu_args, cpu_kwargs = pytree.tree_unflatten(raw, spec)
     out = func(*cpu_args, **cpu_kwargs)
     if name == "aten::copy_":
@@ -80,7 +93,9 @@ def _run(func, args, kwargs):
     def wrap(x):
         if not isinstance(x, torch.Tensor) or isinstance(x, SimTensor):
             return x
-        return wrapped[id(x)] if id(x) in wrapped else SimTensor(x)  # an in-place operation returns its own argument
+        return (
+            wrapped[id(x)] if id(x) in wrapped else SimTensor(x)
+        )  # an in-place operation returns its own argument
 
     return pytree.tree_map(wrap, out)
 
@@ -126,14 +141,18 @@ def _accept_sim_device(name):
     setattr(torch, name, maker)
 
 
-def _attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def _attention(
+    q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
     return torch.ops.aten._scaled_dot_product_attention_math(
         q, k, v, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]
 
 
 def enable() -> None:
-    torch.__future__.set_overwrite_module_params_on_conversion(True)  # module.to("sim") swaps parameters for wrappers
+    torch.__future__.set_overwrite_module_params_on_conversion(
+        True
+    )  # module.to("sim") swaps parameters for wrappers
     registration._setup_privateuseone_for_python_backend("sim", backend_module=_DeviceModule())
     # Fills a cache of the functions that `with torch.device("meta")` governs. With the wrappers in it,
     # models are not built on meta, and what no file has, heads and frequencies, stays uninitialised.
@@ -157,7 +176,7 @@ def run_all(path) -> None:
         wrong = ""
         try:
             module.main(module.Args(**flags))
-        except (Exception, SystemExit):
+        except (Exception, ValueError):
             wrong = traceback.format_exc()
         print("\nRUN", json.dumps([name, wrong]), flush=True)
 

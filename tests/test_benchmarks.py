@@ -8,7 +8,8 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from common import Run, generate, load_model, load_rows, load_tokenizer
+from common import generate
+from plumbing import Run, load_model, load_rows, load_tokenizer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plot
@@ -205,8 +206,10 @@ def test_a_time_is_believed_only_where_loss_and_gradient_agree():
     assert "not the same: norm" in vs_trl.summary("grpo", ours, other, "bfloat16")[0]
     assert vs_trl.summary("generate", ours, [other[0] | {"loss": 9.0}], "bfloat16") == row
     assert "not the same: norm" in vs_trl.summary("generate", ours, other)[0]
-    assert "not the same: norm" in vs_trl.summary("generate", ours, [{**other[0], "norm": 7.5}],
-                                                  "bfloat16")[0]
+    assert (
+        "not the same: norm"
+        in vs_trl.summary("generate", ours, [{**other[0], "norm": 7.5}], "bfloat16")[0]
+    )
 
 
 # --- scaling.py -----------------------------------------------------------------------------------

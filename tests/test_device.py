@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForSequenceClassification
 
-from common import load_model
+from plumbing import load_model
 
 SIM = ROOT / "tests" / "simulated_device.py"
 
@@ -31,11 +31,11 @@ def test_the_simulation_leaves_no_weight_uninitialised():
     """What no file has, a new head and the rotary frequencies, is what it is on the CPU."""
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(SIM.parent)!r}]\n"
-        "import torch, simulated_device, common\n"
+        "import torch, transformers, simulated_device, plumbing\n"
         "simulated_device.enable()\n"
         "torch.manual_seed(0)\n"
-        "args = common.transformers.AutoModelForSequenceClassification, sys.argv[1]\n"
-        "m = common.load_model(*args, torch.device('sim'), new_head=1)\n"
+        "args = transformers.AutoModelForSequenceClassification, sys.argv[1]\n"
+        "m = plumbing.load_model(*args, torch.device('sim'), new_head=1)\n"
         "print(m.score.weight.cpu().tolist(), m.model.rotary_emb.inv_freq.cpu().tolist())"
     )
     out = run("-c", code, ROOT / "toy/model")

@@ -7,7 +7,7 @@ import shlex
 import pytest
 from conftest import ROOT
 
-import common
+import plumbing
 
 SCRIPTS = [p.stem for p in ROOT.glob("*.py") if p.stem not in ("common", "plumbing")]
 
@@ -15,7 +15,7 @@ SCRIPTS = [p.stem for p in ROOT.glob("*.py") if p.stem not in ("common", "plumbi
 def commands():
     """Every `python SCRIPT.py ...`, in a line of its own or between backticks."""
     found = []
-    for path in [*ROOT.glob("*.py"), ROOT / "README.md"]:
+    for path in [*ROOT.glob("*.py"), ROOT / "README.md", *ROOT.glob("docs/*.md")]:
         text = path.read_text().split('"""')[1] if path.suffix == ".py" else path.read_text()
         text = re.sub(r"\\+\n\s*", " ", text)
         found += re.findall(r"^    (?:MALLOC\S+ )*python ([a-z_]+\.py.*?)(?:  +#.*)?$", text, re.M)
@@ -38,7 +38,7 @@ def test_a_command_of_the_documentation(command, tmp_path, monkeypatch):
     script, *flags = shlex.split(command)
     module = importlib.import_module(script.removesuffix(".py"))
     monkeypatch.setattr("sys.argv", [script, *flags])
-    args = common.parse_args(module.Args, module.TOY)
+    args = plumbing.parse_args(module.Args, module.TOY)
     if "--model" in flags or "runs/rm_bt" in command:
         return
     (tmp_path / "toy").symlink_to(ROOT / "toy")
@@ -47,6 +47,6 @@ def test_a_command_of_the_documentation(command, tmp_path, monkeypatch):
     def begin(*_):
         raise Started
 
-    monkeypatch.setattr(common.Run, "begin", begin)
+    monkeypatch.setattr(plumbing.Run, "begin", begin)
     with pytest.raises(Started):
         module.main(args)

@@ -21,13 +21,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import common
+import plumbing
 import dpo_nll
 import sft
 
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    monkeypatch.setattr(common.Run, "_plot", lambda self: None)
+    monkeypatch.setattr(plumbing, "draw_curves", lambda rows, path: None)
 
 
 def write(path, rows):
@@ -145,8 +146,8 @@ def test_alpha_weighs_the_nll_and_0_is_plain_dpo(tmp_path):
 
 def test_the_nll_is_that_of_the_chosen_completions(tmp_path):
     args = tiny_args(tmp_path, batch_size=16, normalize_length=True)
-    tokenizer = common.load_tokenizer(args.model)
-    model = common.load_model(dpo_nll.AutoModelForCausalLM, args.model, torch.device("cpu"))
+    tokenizer = plumbing.load_tokenizer(args.model)
+    model = plumbing.load_model(dpo_nll.AutoModelForCausalLM, args.model, torch.device("cpu"))
     pairs = [dict(row, gap=0.0) for row in toy_rows(16)]
     want = -dpo_nll.all_logps(model, tokenizer, pairs, 64, args)[:, 0].mean().item()
     assert steps(run(args))[0]["nll"] == pytest.approx(want, rel=1e-4)
@@ -154,8 +155,10 @@ def test_the_nll_is_that_of_the_chosen_completions(tmp_path):
 
 def test_log_probs_by_a_plain_forward_and_the_rejected_leaves_the_chosen():
     args = dpo_nll.Args(model="", dataset="")
-    tokenizer = common.load_tokenizer(ROOT / "toy/model")
-    model = common.load_model(dpo_nll.AutoModelForCausalLM, ROOT / "toy/model", torch.device("cpu"))
+    tokenizer = plumbing.load_tokenizer(ROOT / "toy/model")
+    model = plumbing.load_model(
+        dpo_nll.AutoModelForCausalLM, ROOT / "toy/model", torch.device("cpu")
+    )
     pairs = [dict(row, gap=0.0) for row in toy_rows(5)]
     got = dpo_nll.all_logps(model, tokenizer, pairs, 64, args)
     for i, pair in enumerate(pairs):
@@ -205,7 +208,7 @@ def test_losses_with_rewards_in_the_rows(tmp_path, loss):
     p = 1 / (1 + math.exp(-1.5))
     coin = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))  # delta is 0
     assert row["loss"] == pytest.approx({"rpo": coin, "rebel": 2.25}[loss], rel=1e-3)
-    with pytest.raises(SystemExit, match="score_chosen"):
+    with pytest.raises(ValueError, match="score_chosen"):
         dpo_nll.main(tiny_args(tmp_path, loss=loss, overwrite=True))
 
 
@@ -236,7 +239,7 @@ def test_a_margin_scale_that_has_nothing_to_scale_is_refused(tmp_path):
     (tmp_path / "i").mkdir()
     for args in (tiny_args(tmp_path, margin_scale=1.0, loss="ipo"),
                  iterate(tmp_path / "i", margin_scale=1.0)):  # fmt: skip
-        with pytest.raises(SystemExit, match="--margin-scale"):
+        with pytest.raises(ValueError, match="--margin-scale"):
             dpo_nll.main(args)
 
 
@@ -248,7 +251,7 @@ def test_messages_that_would_be_lost_are_refused(tmp_path):
     run(tiny_args(tmp_path, dataset=path, eval_dataset=""))
     bad = good | {"chosen": [user, first, other, last]}
     path = write(tmp_path / "bad.jsonl", [good, bad])
-    with pytest.raises(SystemExit, match="row 2.*earlier turns"):
+    with pytest.raises(ValueError, match="row 2.*earlier turns"):
         dpo_nll.main(tiny_args(tmp_path, dataset=path, eval_dataset="", overwrite=True))
 
 
@@ -271,7 +274,7 @@ def test_equal_pairs_are_dropped_and_counted_and_empty_ones_refused(tmp_path, ca
         ([{"prompt": "1", "chosen": "2", "rejected": "3", "margin": "x"}], "row 1"),
     ):
         path = write(tmp_path / "bad.jsonl", bad)
-        with pytest.raises(SystemExit, match=words):
+        with pytest.raises(ValueError, match=words):
             dpo_nll.main(tiny_args(tmp_path, dataset=path, eval_dataset="", overwrite=True))
 
 
@@ -295,7 +298,7 @@ def test_each_iteration_has_pairs_and_a_reference_of_its_own(tmp_path, kept):
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) == losses[2]  # policy is reference
     assert abs(losses[1] - losses[0]) > 1e-3
     assert [row["iteration"] for row in rows if "iteration" in row] == [0, 1]
-    pairs = [common.load_rows(tmp_path / f"run/pairs/{i}.jsonl") for i in range(2)]
+    pairs = [plumbing.load_rows(tmp_path / f"run/pairs/{i}.jsonl") for i in range(2)]
     for pair in pairs[0] + pairs[1]:
         assert len(set(pair["chosen"])) - len(set(pair["rejected"])) == pair["gap"] > 0
     assert pairs[0] != pairs[1] and len(pairs[0]) == 8
@@ -331,14 +334,13 @@ def test_a_noisy_reward_pairs_no_text_with_itself(tmp_path):
     (tmp_path / "reward.py").write_text(
         "import random\ndef f(p, c, r):\n    return [random.random() for _ in c]"
     )
-    with pytest.warns(UserWarning, match="max-new-tokens"):
-        run(args)
-    pairs = common.load_rows(tmp_path / "run/pairs/0.jsonl")
+    run(args)
+    pairs = plumbing.load_rows(tmp_path / "run/pairs/0.jsonl")
     assert len(pairs) == 64 and all(pair["chosen"] != pair["rejected"] for pair in pairs)
 
 
 def test_what_is_sampled_must_fit_in_training(tmp_path):
-    with pytest.raises(SystemExit, match="does not fit"):
+    with pytest.raises(ValueError, match="does not fit"):
         dpo_nll.main(iterate(tmp_path, max_length=20))
 
 
@@ -350,7 +352,7 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, tiny, at, kept):
     changes = dict(checkpoint_every=1, precompute_ref=not kept, model=tiny)
     run(iterate(tmp_path / "a", **changes))
     rows = at + 1 + at // 2  # logged before the step in which it is killed: steps, iterations
-    with observe.killed(common.Run, "log", rows + 1):
+    with observe.killed(plumbing.Run, "log", rows + 1):
         dpo_nll.main(iterate(tmp_path / "b", **changes))
     torch.manual_seed(9)
     run(iterate(tmp_path / "b", resume=True, **changes))
@@ -366,8 +368,9 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, tiny, at, kept):
 def test_no_difference_of_reward_is_said(tmp_path):
     args = iterate(tmp_path)
     (tmp_path / "reward.py").write_text("def f(p, c, r):\n    return [1.0] * len(c)")
-    with pytest.raises(SystemExit, match="different reward"):
+    with pytest.raises(ValueError, match="different reward"):
         dpo_nll.main(args)
+
 
 # --- Every metric and flag, on a tiny model -------------------------------------------------------
 
@@ -459,7 +462,7 @@ def twice(sampled):
 
 
 def tokenizer_of(seen):
-    return common.load_tokenizer(seen.args.model)
+    return plumbing.load_tokenizer(seen.args.model)
 
 
 def side_ids(seen, pair, side):
@@ -579,7 +582,7 @@ def plain_pairs_eval(seen, weights, pairs):
 
 
 def read(path):
-    return common.load_rows(path)
+    return plumbing.load_rows(path)
 
 
 LOSSES = {
@@ -641,7 +644,7 @@ def test_metrics_of_the_evaluations(small, base):
         model.autocast_dtype = start.autocast_dtype = None
         torch.manual_seed(args.seed)
         texts = [x["prompt"] for x in prompts]
-        kl, _ = common.kl_from_start(model, start, tokenizer_of(base), texts, 10, 4)
+        kl, _ = plumbing.kl_from_start(model, start, tokenizer_of(base), texts, 10, 4)
         assert row["eval_kl"] == pytest.approx(kl.mean().item(), rel=1e-3, abs=1e-4)
     assert base.evals[1]["eval_kl"] > 0.01
     names = {"eval_margin", "eval_pair_accuracy", "eval_reward", "eval_kl", "step", "seconds"}
@@ -795,7 +798,7 @@ def broken(sampled, tmp_path_factory):
     for kept in (True, False):
         unbroken = sampled(precompute_ref=not kept)
         folder = tmp_path_factory.mktemp("killed") / "run"
-        with observe.killed(common.Run, "log", 7):
+        with observe.killed(plumbing.Run, "log", 7):
             sampled(precompute_ref=not kept, output_dir=str(folder))
         made[kept] = unbroken, folder
     return made
@@ -877,8 +880,7 @@ def flag_seed(run, base, folder):
     seen = run(seed=3)
     is_the_plain_loop(seen, [3])
     assert seen.steps[2]["nll"] != base.steps[2]["nll"]
-    mine, theirs = (x.read("samples.jsonl") for x in (seen, base))
-    assert mine[0]["completion"] != theirs[0]["completion"]
+    assert seen.results("kl_from_start")[0][1] != base.results("kl_from_start")[0][1]
 
 
 def flag_loss(run, base, folder):
@@ -941,7 +943,7 @@ def flag_reward_model(run, base, folder):
     judge.save_pretrained(folder / "judge")
     tokenizer_of(base).save_pretrained(folder / "judge")
     seen = run(reward_model=str(folder / "judge"))
-    score = common.load_reward("verifier", None, str(folder / "judge"), torch.device("cpu"))
+    score = plumbing.load_reward("verifier", None, str(folder / "judge"), torch.device("cpu"))
     model, values = model_with(base.args.model, end_weights(seen)), []
     for row in read(base.args.eval_prompts)[:4]:
         text, ended = greedy(model, base.args.model, row["prompt"], 10)
@@ -1031,14 +1033,16 @@ def flag_eval_size(run, base, folder):
 
 
 def flag_log_samples(run, base, folder):
-    """So many sampled answers of each evaluation, with their prompts."""
+    """So many greedy answers of each evaluation, with their prompts and rewards."""
     for seen, count in ((run(log_samples=3), 3), (base, 2)):
         prompts = [row["prompt"] for row in problems(6, 3)]
         want = []
-        for step, (_, texts) in zip((0, 5), seen.results("kl_from_start"), strict=True):
-            want += [(step, prompts[i], texts[i]) for i in range(count)]
-        got = [(x["step"], x["prompt"], x["completion"]) for x in seen.read("samples.jsonl")]
-        assert got == want
+        for step, (values, texts) in zip((0, 5), seen.results("greedy_rewards"), strict=True):
+            want += [(step, prompts[i], texts[i], values[i]) for i in range(count)]
+        got = []
+        for row in seen.held_out_samples:
+            got.append((row["step"], row["prompt"], row["completion"], row["reward"]))
+        assert got == want and seen.samples == []
 
 
 def of_iterations(check):

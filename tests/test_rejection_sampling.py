@@ -22,13 +22,13 @@ from replay import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import common
+import plumbing
 import rejection_sampling as rs
 
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    monkeypatch.setattr(common.Run, "_plot", lambda self: None)
+    monkeypatch.setattr(plumbing, "draw_curves", lambda rows, path: None)
 
 
 def tiny_args(tmp_path, **changes):
@@ -133,7 +133,7 @@ def test_a_table_of_candidates_has_no_reward_where_there_is_none():
 
 
 def candidates(tmp_path, i=0):
-    return common.load_rows(tmp_path / f"run/candidates/{i}.jsonl")
+    return plumbing.load_rows(tmp_path / f"run/candidates/{i}.jsonl")
 
 
 @pytest.mark.parametrize("select", ["per-prompt", "overall"])
@@ -171,7 +171,7 @@ def test_what_is_trained_on_and_what_is_reported(tmp_path, select):
     assert [row["n"] for row in curve] == [1, 2, 4]
     assert curve[0]["reward_best_of_n"] == row["reward"] and curve[0]["kl_best_of_n"] == 0
     assert curve[-1]["reward_best_of_n"] == row["best_of_n"]
-    samples = common.load_rows(tmp_path / "run/samples.jsonl")
+    samples = plumbing.load_rows(tmp_path / "run/samples.jsonl")
     assert len(samples) == 4 and {(x["prompt"], x["completion"]) for x in samples} <= set(want)
     assert all(x["reward"] == len(set(x["completion"])) for x in samples)
     level = [len(set(g["rewards"])) == 1 for g in groups]
@@ -187,7 +187,7 @@ def test_no_end_is_trained_that_the_policy_did_not_write(tmp_path, monkeypatch):
     ended = {c: e for g in candidates(tmp_path)
              for c, e in zip(g["completions"], g["ended"], strict=True)}  # fmt: skip
     assert {True, False} == set(ended.values())
-    tokenizer, found = common.load_tokenizer(ROOT / "toy/model"), set()
+    tokenizer, found = plumbing.load_tokenizer(ROOT / "toy/model"), set()
     for batch in seen:
         for ids, mask in zip(batch.completion_ids, batch.completion_mask, strict=True):
             text = tokenizer.decode(ids[mask], skip_special_tokens=True)
@@ -255,7 +255,7 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, rows):
         (tmp_path / name).mkdir()
     changes = dict(rounds=2, checkpoint_every=1, learning_rate=3e-3)
     run(tiny_args(tmp_path / "a", **changes))
-    with observe.killed(common.Run, "log", rows + 1):  # of a round four rows, and its steps
+    with observe.killed(plumbing.Run, "log", rows + 1):  # of a round four rows, and its steps
         rs.main(tiny_args(tmp_path / "b", **changes))
     torch.manual_seed(9), random.seed(9)
     run(tiny_args(tmp_path / "b", resume=True, **changes))
@@ -297,7 +297,7 @@ def test_what_was_sampled_is_not_sampled_again(tmp_path, monkeypatch):
 
 
 def refused(args, *words):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ValueError) as stopped:
         rs.main(args)
     assert all(word in str(stopped.value) for word in words), stopped.value
 
@@ -312,6 +312,7 @@ def test_bad_input_is_one_line(tmp_path):
     refused(args, "none of its prompts")
     (tmp_path / "c.jsonl").write_text(json.dumps({"prompt": "x", "completion": "1" * 300}))
     refused(args, "256 tokens", "111")
+
 
 # --- Every metric and flag, on a tiny model -------------------------------------------------------
 
@@ -422,7 +423,7 @@ def drawn(seen, chosen, i):
 def plain_step(seen, weights, rows):
     """One step on (prompt, text, ended), a completion a forward -> loss, model with gradient,
     number of tokens."""
-    tokenizer = common.load_tokenizer(seen.args.model)
+    tokenizer = plumbing.load_tokenizer(seen.args.model)
     model, logps = model_with(seen.args.model, weights), []
     for prompt, text, ended in rows:
         ids = plain.toy_ids(tokenizer, "", text)
@@ -550,7 +551,7 @@ def test_metrics_of_the_best_of_n(base, small, monkeypatch):
 def test_metrics_of_the_evaluations(base):
     """Before the first step and after each round: greedy rewards of held-out rows, KL from the
     start; of both models."""
-    args, rows = base.args, common.load_rows(base.args.eval_dataset)[:4]
+    args, rows = base.args, plumbing.load_rows(base.args.eval_dataset)[:4]
     assert [row["step"] for row in base.evals] == [0, 2, 4]
     start = base.updates[0].weights
     policy = [u for u in base.updates if u.optimizer == 0]
@@ -566,9 +567,9 @@ def test_metrics_of_the_evaluations(base):
             assert row["eval_reward" + end] == pytest.approx(want, rel=1e-5)
             model.autocast_dtype = begin.autocast_dtype = None
             torch.manual_seed(args.seed)
-            tokenizer = common.load_tokenizer(args.model)
+            tokenizer = plumbing.load_tokenizer(args.model)
             prompts = [x["prompt"] for x in rows]
-            kl, _ = common.kl_from_start(model, begin, tokenizer, prompts, 12, 8)
+            kl, _ = plumbing.kl_from_start(model, begin, tokenizer, prompts, 12, 8)
             assert row["eval_kl" + end] == pytest.approx(kl.mean().item(), rel=1e-3, abs=1e-4)
     last = base.evals[-1]
     assert last["eval_kl"] > 0.01 and last["eval_kl"] != last["eval_kl_control"]
@@ -649,7 +650,7 @@ def killed(small, tmp_path_factory):
     """Folder of a run of six steps that was killed in its fifth, before that was logged."""
     folder = tmp_path_factory.mktemp("killed") / "run"
     rows = 1 + 1 + 3 + 3 + 1 + 1 + 3 + 1  # evaluation, round, curve, three steps; and again
-    with observe.killed(common.Run, "log", rows + 1):
+    with observe.killed(plumbing.Run, "log", rows + 1):
         small(checkpoint_every=1, batch_size=5, output_dir=str(folder))
     return folder
 
@@ -711,7 +712,7 @@ def flag_model(run, base, folder):
         for p in model.parameters():
             p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     model.save_pretrained(folder / "other")
-    common.load_tokenizer(base.args.model).save_pretrained(folder / "other")
+    plumbing.load_tokenizer(base.args.model).save_pretrained(folder / "other")
     seen = run(model=str(folder / "other"), rounds=1)
     assert all(torch.equal(u.weights, weights_of(model)) for u in seen.updates[:2])
     assert seen.evals[0]["eval_kl"] == pytest.approx(0, abs=1e-4)
@@ -768,9 +769,9 @@ def flag_reward_model(run, base, folder):
     torch.manual_seed(0)
     judge = AutoModelForSequenceClassification.from_pretrained(base.args.model, num_labels=1)
     judge.save_pretrained(folder / "judge")
-    common.load_tokenizer(base.args.model).save_pretrained(folder / "judge")
+    plumbing.load_tokenizer(base.args.model).save_pretrained(folder / "judge")
     seen = run(reward_model=str(folder / "judge"), train=False)
-    score = common.load_reward("verifier", None, str(folder / "judge"), torch.device("cpu"))
+    score = plumbing.load_reward("verifier", None, str(folder / "judge"), torch.device("cpu"))
     found = every(groups_of(seen))
     want = score([x[1] for x in found], [x[2] for x in found], [{"ended": x[3]} for x in found])
     assert [x[0] for x in found] == pytest.approx(want, rel=1e-3, abs=1e-4)
@@ -986,10 +987,17 @@ def flag_eval_every(run, base, folder):
 
 
 def flag_log_samples(run, base, folder):
-    """So many of the selected completions of each round, with their rewards."""
+    """So many of the selected completions of each round, with their rewards; and so many of the
+    policy's greedy answers at each evaluation."""
     for seen, count in ((run(log_samples=2), 2), (base, 3)):
-        got = [(x["step"], x["prompt"], x["completion"], x["reward"])
-               for x in seen.read("samples.jsonl")]  # fmt: skip
+        got = []
+        for row in seen.samples:
+            got.append((row["step"], row["prompt"], row["completion"], row["reward"]))
+        answers = []
+        for values, texts in seen.results("greedy_rewards")[::2]:  # the control's are between
+            answers += list(zip(texts, values, strict=True))[:count]
+        held_out = [(row["completion"], row["reward"]) for row in seen.held_out_samples]
+        assert held_out == answers and len(answers) == count * len(seen.evals)
         assert len(got) == 2 * count
         for i in range(2):
             groups = groups_of(seen, i)

@@ -14,6 +14,7 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import common
+import plumbing
 import grpo
 import prm
 import reinforce_rloo
@@ -27,7 +28,7 @@ both = pytest.mark.parametrize("script", [grpo, sft], ids=["grpo", "sft"])
 
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
-    monkeypatch.setattr(common.Run, "_plot", lambda self: None, raising=False)
+    monkeypatch.setattr(plumbing, "draw_curves", lambda rows, path: None)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def unbroken(request, data, tmp_path_factory):
     script, changes = request.param
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common.Run, "_plot", lambda self: None, raising=False)
+        patch.setattr(plumbing, "draw_curves", lambda rows, path: None)
         script.main(some_args(script, data, folder, **changes))
     learns(folder)
     return script, changes, folder
@@ -138,8 +139,9 @@ def interrupt(monkeypatch, script, name, call):
 
 
 def stopped_run(script, args, name, call):
+    module = script if hasattr(script, name) else plumbing
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, script, name, call)
+        interrupt(patch, module, name, call)
         with pytest.raises(KeyboardInterrupt):
             script.main(args)
 
@@ -171,7 +173,7 @@ def test_a_kill_in_the_middle_of_a_step(unbroken, data, tmp_path, step):
     script, changes, whole = unbroken
     args = some_args(script, data, tmp_path / "run", **changes)
     each = getattr(args, "num_minibatches", 1) * (args.num_epochs if script is grpo else 1)
-    stopped_run(script, args, "update", step * each)
+    stopped_run(script, args, "check_finite", step * each)
     assert (tmp_path / "run" / "checkpoint" / "state.pt").exists() == (step > 2)
     assert len(metrics(tmp_path / "run")) < len(metrics(whole))
     resumed(script, args)
@@ -191,9 +193,9 @@ def test_two_kills(unbroken, data, tmp_path):
     script, changes, whole = unbroken
     args = some_args(script, data, tmp_path / "run", checkpoint_every=1, **changes)
     each = getattr(args, "num_minibatches", 1) * (args.num_epochs if script is grpo else 1)
-    stopped_run(script, args, "update", 2 * each)
+    stopped_run(script, args, "check_finite", 2 * each)
     args.resume = True
-    stopped_run(script, args, "update", 2 * each)
+    stopped_run(script, args, "check_finite", 2 * each)
     assert checkpoint(tmp_path / "run")["step"] == 2
     resumed(script, args)
     same(tmp_path / "run", whole)
@@ -212,7 +214,7 @@ def test_a_finished_run_resumed_stays_as_it_is(unbroken, data, tmp_path):
 def test_half_a_row_at_the_end_is_cut_off(unbroken, data, tmp_path):
     script, changes, whole = unbroken
     args = some_args(script, data, tmp_path / "run", **changes)
-    stopped_run(script, args, "update", 3 * getattr(args, "num_minibatches", 1) ** 2)
+    stopped_run(script, args, "check_finite", 3 * getattr(args, "num_minibatches", 1) ** 2)
     for name in "metrics.jsonl", "samples.jsonl":
         with open(tmp_path / "run" / name, "a") as f:
             f.write('{"step": 3, "lo')
@@ -222,7 +224,7 @@ def test_half_a_row_at_the_end_is_cut_off(unbroken, data, tmp_path):
 
 def test_seconds_go_on_from_the_checkpoint(data, tmp_path):
     run = tmp_path / "run"
-    stopped_run(grpo, some_args(grpo, data, run), "update", 3)
+    stopped_run(grpo, some_args(grpo, data, run), "check_finite", 3)
     state = checkpoint(run)
     torch.save(state | {"seconds": 1000.0}, run / "checkpoint" / "state.pt")
     resumed(grpo, some_args(grpo, data, run))
@@ -280,7 +282,7 @@ def test_a_kill_while_the_final_model_is_written(script, data, tmp_path, monkeyp
 def test_resuming_leaves_the_args_as_they_are(script, data, tmp_path):
     """Were they written anew, a kill there would leave a run of no known flags."""
     args = some_args(script, data, tmp_path / "run")
-    stopped_run(script, args, "update", 3)
+    stopped_run(script, args, "check_finite", 3)
     file = tmp_path / "run" / "args.json"
     before = file.read_bytes(), file.stat().st_mtime_ns
     resumed(script, args)
@@ -321,8 +323,8 @@ def test_the_final_model_loads_and_generates(script, data, tmp_path):
     out = model.generate(ids, max_new_tokens=10, do_sample=False)
     text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     again = common.generate(
-        common.load_model(AutoModelForCausalLM, str(run / "final"), torch.device("cpu")),
-        common.load_tokenizer(str(run / "final")), ["  12+ 345"], 1, 10, temperature=0,
+        plumbing.load_model(AutoModelForCausalLM, str(run / "final"), torch.device("cpu")),
+        plumbing.load_tokenizer(str(run / "final")), ["  12+ 345"], 1, 10, temperature=0,
     )[1][0]  # fmt: skip
     assert text and text == again
     names = {p.name for p in run.iterdir()}
@@ -351,7 +353,7 @@ def test_a_reward_models_killed_run_goes_on_as_if_it_had_not_been(
         )  # fmt: skip
 
     script.main(args("straight"))
-    stopped_run(script, args("killed"), "update", 4)
+    stopped_run(script, args("killed"), "check_finite", 4)
     resumed(script, args("killed"))
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert metrics(straight) == metrics(killed)

@@ -304,7 +304,8 @@ def test_samples_are_greedy_answers_to_held_out_prompts(base, toy_tokenizer):
         model = model_at(base, step)
         for prompt, (ids, _) in zip(asked, rows, strict=True):
             text = greedy(model, toy_tokenizer, ids, min(10, CONTEXT - len(ids)))
-            want.append({"step": step, "prompt": prompt, "completion": text, "reward": None})
+            want.append({"step": step, "prompt": prompt, "completion": text, "reward": None,
+                         "held_out": True})  # fmt: skip
     assert base.read("samples.jsonl") == want
     assert {len(row["completion"]) for row in want if row["prompt"] == "6" * 40} == {5}
     assert len({row["completion"] for row in want}) > 4
@@ -632,7 +633,7 @@ def test_what_is_cut_and_dropped_is_said(start, capsys):
 def test_nothing_is_said_where_all_fit(start, tmp_path, capsys):
     rows = write(tmp_path / "rows.jsonl", sums(30))
     start(dataset=rows, eval_dataset="", eval_size=2, num_epochs=1)
-    assert "completions" not in capsys.readouterr().out
+    assert "--max-length" not in capsys.readouterr().out
 
 
 def test_held_out_rows_that_do_not_fit_are_called_so(start, tmp_path):

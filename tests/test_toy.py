@@ -6,9 +6,26 @@ import random
 import pytest
 import torch
 from conftest import ROOT
-from make import (SAMPLED, answer_text, columns, grade_steps, labelled_steps, load_policy,
-                  make_config, make_data, make_tokenizer, outcomes, preferences, problems, quality,
-                  rankings, sampled_prompts, sampled_rows, step_rewards, write_out)
+from make import (
+    SAMPLED,
+    answer_text,
+    columns,
+    grade_steps,
+    labelled_steps,
+    load_policy,
+    make_config,
+    make_data,
+    make_tokenizer,
+    outcomes,
+    preferences,
+    problems,
+    quality,
+    rankings,
+    sampled_prompts,
+    sampled_rows,
+    step_rewards,
+    write_out,
+)
 
 TOY = ROOT / "toy"
 FILES = [*make_data(), *SAMPLED]
@@ -185,7 +202,7 @@ def test_the_policy_sampled_again_says_the_same(policy):
     prompts = sampled_prompts()
     for name in ("pref_test.jsonl", "kwise_test.jsonl", "orm_test.jsonl", "prm_test.jsonl"):
         again = list(sampled_rows(name, prompts[name][:64], *policy))
-        same = [row in again for row in read(name)[:len(again)]]
+        same = [row in again for row in read(name)[: len(again)]]
         assert len(same) > 30 and sum(same) > 0.95 * len(same), name
 
 

@@ -146,7 +146,7 @@ def rankings(rng, prompt, completions):
     for c in completions:
         not_right = sum(label != 1 for label in grade_steps(prompt, c))
         rated.setdefault((-quality(prompt, c), not_right), c)
-    order = list(rated)[:rng.randint(3, 6)]  # the likeliest are sampled first
+    order = list(rated)[: rng.randint(3, 6)]  # the likeliest are sampled first
     rng.shuffle(order)
     if len(order) > 1:
         ranks = [sorted(order).index(x) for x in order]
@@ -170,7 +170,8 @@ SAMPLED = {  # file: who rates, completions sampled of a prompt, their temperatu
     "pref_test.jsonl": (preferences, 4, 1.0, 300),
     "kwise_train.jsonl": (rankings, 16, 0.7, 1600),
     "kwise_test.jsonl": (rankings, 16, 0.7, 200),
-    "orm_train.jsonl": (outcomes, 4, 1.0, 2600), "orm_test.jsonl": (outcomes, 8, 1.0, 400),
+    "orm_train.jsonl": (outcomes, 4, 1.0, 2600),
+    "orm_test.jsonl": (outcomes, 8, 1.0, 400),
     "prm_train.jsonl": (labelled_steps, 2, 0.7, 2400),
     "prm_test.jsonl": (labelled_steps, 2, 0.7, 300),
 }
@@ -197,7 +198,7 @@ def sampled_rows(name, prompts, policy, tokenizer, seed=SEED):
     rate, num_generations, temperature, number = SAMPLED[name]
     rng, found = random.Random(f"{seed} {name}"), 0
     for start in range(0, len(prompts), 64):
-        chunk = prompts[start:start + 64]
+        chunk = prompts[start : start + 64]
         torch.manual_seed(seed + start + 10**6 * list(SAMPLED).index(name))
         texts = iter(generate(policy, tokenizer, chunk, num_generations, 48, temperature)[1])
         for prompt in chunk:
@@ -214,7 +215,7 @@ def load_policy():
     import torch
     from transformers import AutoModelForCausalLM
 
-    from common import load_model, load_tokenizer
+    from plumbing import load_model, load_tokenizer
 
     policy = load_model(AutoModelForCausalLM, str(TOY / "model"), torch.device("cpu"))
     return policy, load_tokenizer(str(TOY / "model"))
@@ -238,12 +239,19 @@ def make_tokenizer():
     tok.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tok.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tok, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-        unk_token="<unk>", extra_special_tokens=special[4:], model_max_length=256)
+        tokenizer_object=tok,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        extra_special_tokens=special[4:],
+        model_max_length=256,
+    )
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}"
         "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}")
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     return tokenizer
 
 
@@ -251,10 +259,19 @@ def make_config(tokenizer):
     from transformers import LlamaConfig
 
     return LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=2,
-        num_attention_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        max_position_embeddings=256, initializer_range=0.08, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        max_position_embeddings=256,
+        initializer_range=0.08,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
 
 
 def make_model():
