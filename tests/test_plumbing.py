@@ -1065,7 +1065,7 @@ def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
 
 
 def test_curves_are_metrics_against_the_step(tmp_path, monkeypatch):
-    """Metrics that vary, each with axes of its own, the important ones first; evaluations marked."""
+    """Metrics that vary, each with its axes, the important ones first; evaluations marked."""
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes
 
