@@ -437,7 +437,8 @@ def load_reward(
     reward: "verifier" for the function `verifier`, or "FILE.py:function", which is called with
     three lists of length R: prompts and rows repeated for each completion, the rows with `ended`.
     model: folder or hub name of a reward model, in place of `reward`. by_step: one number for each
-    step of a completion (a process reward model's P(right)), not one for the whole.
+    step of a completion (a process reward model's P(right)), not one for the whole. A model scores
+    completions in the order of their lengths (book 10.2.4.1).
     Raises ValueError where a reward cannot be loaded, fails, or returns what is no finite number.
     """
     if model:
@@ -1024,7 +1025,11 @@ def talk(path):
             return
         if not prompt:
             return
-        _, texts, _ = generate(model, tokenizer, [prompt], 1, 256, temperature=0)
+        room = model.context - len(encode_prompt(tokenizer, prompt))
+        if room < 1:
+            print(f"that does not fit in the model's {model.context} tokens")
+            continue
+        _, texts, _ = generate(model, tokenizer, [prompt], 1, min(room, 256), temperature=0)
         print(texts[0])
 
 

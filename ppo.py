@@ -134,9 +134,8 @@ class Args:
     lam: float = 0.95  # lambda of GAE: 1 gives Monte Carlo returns, 0 one-step TD (N+: 0.95)
     whiten_advantages: bool = True  # give the advantages of a step's tokens mean 0 and variance 1
     clip_eps: float = 0.2  # epsilon: the ratio is clipped to 1 - epsilon .. 1 + epsilon
-    clip_eps_value: float = (
-        0.2  # how far a value may leave the rollout's before its loss is clipped
-    )
+    clip_eps_value: float = 0.2
+    """how far a value may move from the one before the step, until its loss is clipped (N+: 0.2)"""
     vf_coef: float = 0.1
     """weight of the value loss (N+: 0.1); the critic has weights of its own, so that this counts
     beside --max-grad-norm and AdamW's eps alone"""

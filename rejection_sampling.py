@@ -154,7 +154,7 @@ def select_top_overall(rewards, k):
 def select_random(rewards, k=None, generator=None):
     """(M, N) -> (M,): a random column of each prompt; or with k -> (k,): random flat places.
 
-    The control of the two above: the same number, whatever the rewards, and none twice.
+    The control of the book's two rules (10.2.2): the same number, whatever the rewards, none twice.
     """
     is_there = (rewards > -math.inf).float()
     if k is None:

@@ -15,6 +15,20 @@ import torch
 import tyro
 
 
+UNITS = {
+    "kl": "nats per completion",
+    "kl_per_token": "nats per token",
+    "entropy": "nats per token",
+    "completion_length": "tokens",
+    "accuracy": "share of greedy answers",
+    "ended": "share of completions",
+    "logps_chosen": "nats per completion",
+    "logps_rejected": "nats per completion",
+    "seconds": "s",
+    "tokens_per_second": "tokens per second",
+}
+
+
 @dataclass
 class Args:
     curves: tyro.conf.Positional[tuple[str, ...]]
@@ -36,21 +50,31 @@ def load(folder, names, window, num_steps=0):
     return torch.tensor(rows, dtype=torch.float32).T.unfold(1, window, 1).mean(-1)
 
 
+def with_unit(name):
+    """Name of a metric -> label of its axis."""
+    kind = name.removeprefix("eval_").removesuffix("_control")
+    return f"{name} ({UNITS[kind]})" if kind in UNITS else name
+
+
 def main(args: Args):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel=args.x, ylabel=", ".join(args.y), title=args.title)
+    axes = figure.add_subplot(title=args.title)
+    axes.set_xlabel(with_unit(args.x))
+    axes.set_ylabel(", ".join(with_unit(name) for name in args.y))
     for curve, name in itertools.product(args.curves, args.y):
         label, _, folders = curve.partition("=")
-        label += f" {name}" * (len(args.y) > 1)
+        if len(args.y) > 1:
+            label = f"{label}: {name}"
         runs = [
             load(folder, (args.x, name), args.window, args.num_steps)
             for folder in folders.split(",")
         ]
         n = min(run.shape[1] for run in runs)
         x, y = torch.stack([run[:, :n] for run in runs], dim=1)  # (runs, n) each
-        (line,) = axes.plot(x.mean(0), y.mean(0), label=label)
+        marker = "o" if name.startswith("eval_") else ""  # evaluations are few: show where
+        (line,) = axes.plot(x.mean(0), y.mean(0), label=label, marker=marker)
         if args.x == "step":
             axes.fill_between(
                 x[0], y.min(0).values, y.max(0).values, alpha=0.2, color=line.get_color()

@@ -72,9 +72,32 @@ def test_a_figure_of_metrics_against_each_other(tmp_path, drawn, capsys):
     args = plot.Args((f"x={first},{second}",), ("reward", "kl"), "kl", str(tmp_path / "f.png"))
     plot.main(args)
     assert drawn == [
-        ("plot", [[1.0, 3.0], [3.0, 6.0]], "x reward"),
-        ("plot", [[1.0, 3.0], [1.0, 3.0]], "x kl"),
+        ("plot", [[1.0, 3.0], [3.0, 6.0]], "x: reward"),
+        ("plot", [[1.0, 3.0], [1.0, 3.0]], "x: kl"),
     ]
+
+
+def test_evaluations_are_points_and_axes_have_units(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "eval_accuracy": 0.4, "eval_kl": 1.0}\n{"step": 1, "reward": 0.5}\n'
+        '{"step": 2, "reward": 0.7}\n{"step": 2, "eval_accuracy": 0.9, "eval_kl": 2.0}\n'
+    )
+    drawn, labels = [], []
+    real = Axes.plot
+    monkeypatch.setattr(
+        Axes, "plot", lambda axes, *a, **o: drawn.append(o["marker"]) or real(axes, *a, **o)
+    )
+    monkeypatch.setattr(Axes, "set_xlabel", lambda axes, text: labels.append(text))
+    monkeypatch.setattr(Axes, "set_ylabel", lambda axes, text: labels.append(text))
+    figure = str(tmp_path / "f.png")
+    plot.main(plot.Args((f"GRPO={tmp_path}",), ("reward", "eval_accuracy"), out=figure))
+    assert drawn == ["", "o"]
+    assert labels == ["step", "reward, eval_accuracy (share of greedy answers)"]
+    plot.main(plot.Args((f"GRPO={tmp_path}",), ("eval_accuracy",), "eval_kl", figure))
+    assert labels[2] == "eval_kl (nats per completion)"
 
 
 # --- vs_trl.py: both sides must have computed the same before a time is believed ------------------

@@ -174,6 +174,35 @@ def test_logps_equal_a_slow_loop(kind, temperature, share, batch):
     assert logps.dtype == torch.float32
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_the_plain_form_equals_a_slow_loop(temperature, batch, llama):
+    with torch.no_grad():
+        logps = common.plain_logps(llama, batch, temperature)
+        for row, (prompt, completion) in zip(logps, sequences(batch), strict=True):
+            want = slow_logps(llama, prompt, completion, temperature)
+            assert row[: len(want)].tolist() == pytest.approx(want, abs=1e-4)
+            assert (row[len(want) :] == 0).all()
+    assert logps.dtype == torch.float32 and logps.shape == batch.completion_ids.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [True, False])
+def test_the_fast_form_equals_the_plain_one(kind, share, batch):
+    """In values and gradients, at a temperature."""
+    weights = torch.randn(batch.completion_ids.shape, generator=torch.manual_seed(0))
+    values, grads = [], []
+    for form, options in ((common.plain_logps, ()), (common.completion_logps, (share,))):
+        model = make_model(kind)
+        logps = form(model, batch, 0.7, *options)
+        (weights * logps).sum().backward()
+        values.append(logps.detach())
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert torch.allclose(*values, atol=1e-5) and grads[0].keys() == grads[1].keys()
+    for name in grads[0]:
+        scale = grads[0][name].abs().max()
+        assert torch.allclose(grads[0][name], grads[1][name], atol=1e-4 * scale), name
+
+
 @pytest.mark.parametrize("tokens", [1, 2048])  # each prompt in a pass of its own, and together
 @pytest.mark.parametrize("kind", KINDS)
 def test_shared_and_plain_prompts_have_equal_gradients(kind, tokens, batch, monkeypatch):

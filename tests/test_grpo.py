@@ -127,6 +127,18 @@ def test_process_advantages_equal_a_slow_loop():
     assert got[2, 3] == got[2, 0] and (got[2, 4:] == 0).all()
 
 
+@pytest.mark.parametrize("by_std", [True, False])
+def test_a_lone_step_and_none_have_no_advantage(by_std):
+    """Of the first group one completion has one step, of the second none has any."""
+    ends = torch.tensor([[2, -1], [-1, -1], [-1, -1], [-1, -1], [1, 3], [3, -1]])
+    rewards = torch.tensor([[5.0, 9.0], [9.0, 9.0], [9.0, 9.0], [9.0, 9.0], [0.0, 1.0], [2.0, 9.0]])
+    got = grpo.process_advantages(rewards, ends, 4, 2, by_std)
+    assert (got[:4] == 0).all()
+    scale = 1 + 1e-4 if by_std else 1.0  # the steps 0, 1, 2 have mean 1 and deviation 1
+    want = torch.tensor([[-1.0, -1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]) / scale
+    assert torch.allclose(got[4:], want, atol=1e-6)
+
+
 def test_process_with_one_step_is_outcome():
     rewards = torch.tensor([1.0, 2.0, 3.0, 6.0])
     got = grpo.process_advantages(rewards[:, None], torch.full((4, 1), 4), 5, 4)

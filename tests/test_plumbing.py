@@ -5,7 +5,10 @@ import math
 import os
 import random
 import re
+import signal
+import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import ROOT, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
@@ -28,6 +32,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+import common
+import plain
 import plumbing
 
 CPU = torch.device("cpu")
@@ -128,6 +134,75 @@ def test_help_has_the_scripts_own_defaults_and_names_the_toys(monkeypatch, flag,
     assert "with these defaults: --model toy/model --dataset toy/rows.jsonl" in text
     assert "--num-steps 7" in text and "(default: 200)" in text and "(default: 7)" not in text
     assert "(default: toy/model)" in text and "(required)" not in text
+
+
+@dataclass
+class Helped:
+    first: int = 1  # what is behind a field
+    second: int = 2
+    """what is beneath it,
+    over two lines"""
+    third: int = 3
+
+
+def test_help_is_what_stands_behind_or_beneath_a_field():
+    wanted = {"first": "what is behind a field", "second": "what is beneath it, over two lines"}
+    assert plumbing._help_texts(Helped) == wanted | {"third": ""}
+
+
+# --- The entry ------------------------------------------------------------------------------------
+
+
+def entered(monkeypatch, main):
+    """run_script with a main of these tests."""
+    quiet = []
+    monkeypatch.setattr(plumbing, "quieten_transformers", lambda: quiet.append(True))
+    monkeypatch.setattr("sys.argv", ["/some/where/grpo.py", "--model", "m", "--dataset", "d"])
+    plumbing.run_script(main, Args, TOY)
+    assert quiet == [True]
+
+
+def test_main_gets_the_flags(monkeypatch):
+    got = []
+    entered(monkeypatch, got.append)
+    assert got == [Args("m", "d", 200, 0.04, "mine")]
+
+
+@pytest.mark.parametrize(
+    "mistake, text",
+    [
+        (lambda args: plumbing.stop("no\n such file"), "grpo.py: no such file"),
+        (lambda args: common.kl_estimate(torch.ones(1), torch.ones(1), "k9"), "grpo.py: No est"),
+    ],
+)
+def test_a_mistake_ends_the_program_with_one_line(monkeypatch, mistake, text):
+    """Whoever of our files raises it; a text as the code means exit code 1."""
+    with pytest.raises(SystemExit) as stopped:
+        entered(monkeypatch, mistake)
+    assert stopped.value.code.startswith(text) and "\n" not in stopped.value.code
+
+
+@pytest.mark.parametrize("fault", [ValueError, KeyError, RuntimeError])
+def test_a_fault_keeps_its_traceback(monkeypatch, fault):
+    """One that comes from elsewhere, here from this file, is no mistake of the user."""
+
+    def broken(args):
+        raise fault("a fault")
+
+    with pytest.raises(fault, match="a fault"):
+        entered(monkeypatch, broken)
+
+
+def test_transformers_says_nothing_while_a_script_runs():
+    """In a process of its own: it is a setting of the process."""
+    code = (
+        "import plumbing, transformers\n"
+        "plumbing.quieten_transformers()\n"
+        "logging = transformers.utils.logging\n"
+        "print(logging.get_verbosity() == logging.ERROR, logging.is_progress_bar_enabled())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert out.stdout == "True False\n"
 
 
 # --- Rows -----------------------------------------------------------------------------------------
@@ -1121,3 +1196,85 @@ def test_tokenizers_and_models_that_were_saved_load_again(tmp_path, tiny):
     assert plumbing.encode_prompt(tokenizer, "1+2")[-1] == tokenizer.convert_tokens_to_ids(
         "<assistant>"
     )
+
+
+# --- Signals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_and_saves_a_checkpoint(tmp_path, capsys, number):
+    before = signal.getsignal(number)
+    counter = SimpleNamespace(steps_done=0)
+    run = begun(tmp_path / "run", {"counter": counter}, num_steps=5, checkpoint_every=100)
+    with pytest.raises(SystemExit) as stopped:
+        for step in run.steps():
+            if step == 2:
+                os.kill(os.getpid(), number)
+            counter.steps_done = step  # the rest of the step
+    assert stopped.value.code == 130
+    state = torch.load(tmp_path / "run/checkpoint/state.pt", weights_only=True)
+    assert state["step"] == 2 and state["counter"] == {"steps_done": 2}
+    out = capsys.readouterr().out
+    assert f"stopped by {number.name} after step 2" in out and "--resume" in out
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    run = begun(tmp_path / "run", num_steps=5)
+    reached = []
+    with pytest.raises(KeyboardInterrupt):
+        for step in run.steps():
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append(step)
+    assert reached == [1] and not (tmp_path / "run/checkpoint").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_steps_outside_the_main_thread_wait_for_no_signal(tmp_path):
+    run = begun(tmp_path / "run", num_steps=3)
+    reached = []
+    thread = threading.Thread(target=lambda: reached.extend(run.steps()))
+    thread.start()
+    thread.join()
+    assert reached == [1, 2, 3]
+
+
+# --- Talking to a model ---------------------------------------------------------------------------
+
+
+def test_talk_answers_greedily_until_an_empty_line(tiny, monkeypatch, capsys):
+    said = iter(["12+ 34", "5+6", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    monkeypatch.setattr(plumbing, "quieten_transformers", lambda: None)
+    plumbing.talk(tiny)
+    model = plumbing.load_model(transformers.AutoModelForCausalLM, tiny, CPU)
+    tokenizer = plumbing.load_tokenizer(tiny)
+    wanted = ""
+    for prompt in ("12+ 34", "5+6"):
+        ids = plain.toy_ids(tokenizer, prompt)
+        room = 256 - len(ids)  # of the model's context
+        out = model.generate(torch.tensor([ids]), max_new_tokens=room, do_sample=False)
+        wanted += tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True) + "\n"
+    _, got = capsys.readouterr().out.split("\n", 1)
+    assert got == wanted
+
+
+def test_talk_says_what_does_not_fit(tiny, monkeypatch, capsys):
+    said = iter(["1" * 300, ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said))
+    monkeypatch.setattr(plumbing, "quieten_transformers", lambda: None)
+    plumbing.talk(tiny)
+    assert "does not fit in the model's 256 tokens" in capsys.readouterr().out
+
+
+def test_talk_ends_with_the_input(tiny, monkeypatch, capsys):
+    def nothing(prompt):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", nothing)
+    monkeypatch.setattr(plumbing, "quieten_transformers", lambda: None)
+    plumbing.talk(tiny)
+    assert len(capsys.readouterr().out.splitlines()) == 1

@@ -717,6 +717,9 @@ def flag_critic_model(run, base, folder):
     make_model("llama").save_pretrained(folder / "bytes")
     make_tokenizer().save_pretrained(folder / "bytes")
     refused(run, "vocabulary", critic_model=str(folder / "bytes"))
+    lost = folder / "lost"
+    AutoTokenizer.from_pretrained(base.args.model).save_pretrained(lost)
+    refused(run, str(lost), "no model there", critic_model=str(lost))
 
 
 def flag_missing_eos_penalty(run, base, folder):

@@ -74,9 +74,10 @@ def test_greedy_rewards_equal_a_plain_loop(tiny):
         return [100.0 * row["answer"] + len(text) for text, row in zip(texts, given, strict=True)]
 
     most = 12
-    values, _ = plumbing.greedy_rewards(policy, tokenizer, score, rows, most, 3)
+    values, answers = plumbing.greedy_rewards(policy, tokenizer, score, rows, most, 3)
     assert [len(call[0]) for call in calls] == [3, 3, 1]
     texts = sum([call[1] for call in calls], [])
+    assert answers == texts
     given = sum([call[2] for call in calls], [])
     assert sum([call[0] for call in calls], []) == prompts
     assert [row["answer"] for row in given] == list(range(7))
@@ -470,6 +471,11 @@ def test_solution_scores_of_ragged_steps(how, values):
     assert plumbing.solution_score(probs, mask, how).tolist() == pytest.approx(values)
     empty = torch.zeros(2, 0)
     assert plumbing.solution_score(empty, empty.bool(), how).tolist() == [0.0, 0.0]
+
+
+def test_a_solution_score_of_another_name_is_refused():
+    with pytest.raises(ValueError, match="'median'"):
+        plumbing.solution_score(torch.ones(1, 2), torch.ones(1, 2).bool(), "median")
 
 
 def test_positive_probs_of_any_number_of_classes():
