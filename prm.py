@@ -341,13 +341,14 @@ def encode_examples(examples, tokenizer, max_length, separator, name):
 
 def collate(examples):
     """-> Batch, ends and labels of steps (R, S), -1 and -100 for no step, outcomes (R,)."""
-    prompts = list(dict.fromkeys(tuple(e["prompt_ids"]) for e in examples))  # each of them once
-    prompt_of = torch.tensor([prompts.index(tuple(e["prompt_ids"])) for e in examples])
-    completions = pad([e["ids"] for e in examples], "right")
+    prompt_rows = [tuple(example["prompt_ids"]) for example in examples]
+    prompts = list(dict.fromkeys(prompt_rows))  # each of them once
+    prompt_of = torch.tensor([prompts.index(row) for row in prompt_rows])
+    completions = pad([example["ids"] for example in examples], "right")
     batch = Batch(*pad(prompts, "left"), *completions, prompt_of)
-    ends, is_step = pad([e["ends"] for e in examples], "right")
-    labels, _ = pad([e["labels"] for e in examples], "right")
-    outcomes = torch.tensor([e["outcome"] for e in examples])
+    ends, is_step = pad([example["ends"] for example in examples], "right")
+    labels, _ = pad([example["labels"] for example in examples], "right")
+    outcomes = torch.tensor([example["outcome"] for example in examples])
     return batch, ends.masked_fill(~is_step, -1), labels.masked_fill(~is_step, -100), outcomes
 
 
@@ -372,7 +373,8 @@ def evaluate(model, examples, how, args):
     is_known = ~outcomes.isnan()
     probs = positive_probs(logits)
     scores = solution_score(probs, is_step, how)
-    best, random_one = best_of_n(scores, outcomes, [str(e["prompt"]) for e in examples])
+    prompts = [str(example["prompt"]) for example in examples]
+    best, random_one = best_of_n(scores, outcomes, prompts)
     metrics = {
         "eval_auc": auc(scores[is_known], outcomes[is_known]),
         "eval_best_of_n": best,
