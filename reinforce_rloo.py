@@ -115,7 +115,9 @@ class Args:
     tenth of it; 0: no evaluation"""
     eval_every: int = 50  # steps between evaluations; also before the first and after the last step
     checkpoint_every: int = 50  # steps between checkpoints
-    log_samples: int = 4  # completions per step (of different prompts) written to samples.jsonl
+    log_samples: int = 4
+    """completions per step (of different prompts), and held-out answers per evaluation, that are
+    written to samples.jsonl"""
 
 
 TOY = dict(

@@ -116,7 +116,9 @@ class Args:
     tenth of it; 0: no evaluation"""
     eval_every: int = 100  # steps between evaluations; also before the first and after each round
     checkpoint_every: int = 50  # steps between checkpoints
-    log_samples: int = 4  # selected completions per round written to samples.jsonl
+    log_samples: int = 4
+    """selected completions per round, and held-out answers per evaluation, that are written to
+    samples.jsonl"""
 
 
 TOY = dict(
