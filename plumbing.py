@@ -793,7 +793,8 @@ class Run:
 
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, note)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as of a program in the background
+                    before[number] = signal.signal(number, note)
         except ValueError:  # not in the main thread: signals do not come here
             pass
         try:
