@@ -20,6 +20,8 @@ import signal
 import sys
 import time
 import traceback
+import unicodedata
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -220,6 +222,8 @@ def _check_column(row, names, where):
             break
     if value == [] or not str(value).strip():
         stop(f"{where}: no {' or '.join(names)}, or an empty one; it has {', '.join(row)}")
+    if names == ("answer",) and not is_number(value):
+        stop(f"{where}: its answer {str(value)[:80]!r} is not one number, as the verifier needs it")
 
 
 def load_splits(args, read):
@@ -300,11 +304,7 @@ def answer_text(answer, prompt):
 
 def has_answers(rows):
     """Whether every row has an `answer` that is a number, as a verifier needs it."""
-    try:
-        answers = [float(str(row["answer"]).replace(",", "")) for row in rows]
-    except (KeyError, ValueError):
-        return False
-    return all(math.isfinite(answer) for answer in answers)
+    return all(is_number(row.get("answer")) for row in rows)
 
 
 def with_ended(rows, ended):
@@ -418,15 +418,130 @@ def check_finite(loss, grad_norm):
         )
 
 
-# --- Rewards --------------------------------------------------------------------------------------
+# --- Numbers in texts -----------------------------------------------------------------------------
+
+MINUS_SIGNS = "\u2212\u2013\u2010\u2011\ufe63\uff0d"  # what is written for -, the en dash included
+SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
+MOST_DIGITS = 4000  # Python reads no longer ones; no text means them
+
+# Thousands in groups, 1,234 or 1,00,000 or 1'234 or 1_234; or digits
+WHOLE = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d{1,3}(?:['\u2019_]\d{3})+(?!\d)|\d+)"
+NUMBER = re.compile(
+    r"(?P<european>\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,})(?!\d)"  # 1.234,5 and 1.234.567
+    r"|10\^(?P<power>[-+]?\d+)"
+    rf"|(?:(?P<whole>\d+) )?(?P<top>{WHOLE}) ?/ ?(?P<bottom>{WHOLE})"  # 3/4 and 1 3/4
+    rf"|(?P<decimal>{WHOLE}(?:\.\d+)?|(?<!\w)\.\d+)"
+    r"(?:[eE](?P<exponent>[-+]?\d+)(?!\w)| ?[*x] ?10\^(?P<times>[-+]?\d+))?"
+)
 
 
 def last_number(text):
-    """The last number in a text -> float, nan where there is none. Commas group thousands."""
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    if not numbers:
-        return math.nan
-    return float(numbers[-1].replace(",", ""))
+    """The last number of a text, exact -> Fraction, or None where there is none or it is unclear.
+
+    Read are signs (also in Unicode), thousands, decimals, exponents, fractions, currencies, units:
+    "-1,234.50", ".5", "1.5e3", "2 x 10^3", "3/4", "$5", "12 cm", "50%" (50). A hyphen behind a word
+    or a number is no minus ("10-12" ends with 12). Digits within a word ("m2", "H2O") are none.
+    Unclear is a number that goes on into another one ("3,5", "10:30", "2^10", "1.2.3").
+    """
+    text = _simplify(text)
+    last = None
+    for match in NUMBER.finditer(text):
+        if not _is_in_word(text, match.start()):
+            last = match
+    if last is None or _goes_on(text, last):
+        return None
+    value = _value_of(last)
+    if value is not None and _is_negative(text[: last.start()]):
+        return -value
+    return value
+
+
+def is_number(answer):
+    """Whether an answer (a number, or a text of one) is one number and nothing else."""
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        return False
+    text = _simplify(str(answer)).strip()
+    body = text.lstrip("+-").strip().lstrip("$\u20ac\u00a3\u00a5").strip().removesuffix("%").strip()
+    return NUMBER.fullmatch(body) is not None and last_number(text) is not None
+
+
+def _simplify(text):
+    """LaTeX and Unicode forms of numbers -> what NUMBER reads."""
+    text = re.sub(f"[{MINUS_SIGNS}]", "-", text)
+    text = re.sub(r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3})", ",", text)  # thousands
+    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text)
+    text = re.sub(r"\\times|\\cdot|[\u00d7\u00b7\u22c5]", "*", text)
+    text = re.sub(r"\^\{([-+]?\d+)\}", r"^\1", text)
+    text = re.sub(r"(?<=\d)\*\*(?=[-+]?\d)", "^", text)
+    text = re.sub(f"[{SUPERSCRIPTS}]+", lambda found: "^" + _lowered(found[0]), text)
+    return re.sub(r"[\u00bc-\u00be\u2150-\u215e]", lambda found: _written_out(found[0]), text)
+
+
+def _lowered(superscripts):
+    return "".join(str(SUPERSCRIPTS.index(sign)) for sign in superscripts)
+
+
+def _written_out(sign):
+    """One character of a fraction, such as \u00bd -> " 1/2"."""
+    value = Fraction(unicodedata.numeric(sign)).limit_denominator(10)
+    return f" {value.numerator}/{value.denominator}"
+
+
+def _is_in_word(text, start):
+    """Whether the digits belong to a word, or are the exponent of a unit: m2, H2O, m^2.
+
+    A currency's code of three capitals is no such word: USD42.
+    """
+    before = text[:start]
+    if before.endswith("^"):
+        return before[-2:-1].isalpha()
+    is_code = re.search(r"(?<![A-Za-z])[A-Z]{3}$", before)
+    return before[-1:].isalpha() and not is_code
+
+
+def _goes_on(text, match):
+    """Whether the number is part of something longer: a list, a time, a power, a version."""
+    before = re.search(r"\d[,.:/^]$|\)\^$", text[: match.start()])
+    behind = re.match(r"[,.:/]\d|\^", text[match.end() :])
+    return bool(before or behind)
+
+
+def _is_negative(before):
+    """Whether what stands before a number ends with its minus, perhaps with a currency between."""
+    before = re.sub(r"\\?[$\u20ac\u00a3\u00a5] ?$", "", before)
+    sign = re.search(r"(.?)-( *)$", before, re.DOTALL)
+    if not sign:
+        return False
+    earlier = before[: sign.start()] + sign[1]
+    if sign[2]:  # "= - 5" is a number below 0, "10 - 5" and "so - 5" are not
+        earlier = earlier.rstrip(" ")
+        return not earlier or earlier[-1] in "=:([{"
+    return not earlier or not (earlier[-1].isalnum() or earlier[-1] in ")]}%")
+
+
+def _value_of(match):
+    """Value of a match of NUMBER -> Fraction; None where it is beyond all measure, or n / 0."""
+    exponent = int(match["power"] or match["exponent"] or match["times"] or 0)
+    if len(match[0]) > MOST_DIGITS or abs(exponent) > MOST_DIGITS:
+        return None
+    if match["power"]:
+        return Fraction(10) ** exponent
+    if match["european"]:
+        return Fraction(match["european"].replace(".", "").replace(",", "."))
+    if match["top"]:
+        top = int(_without_groups(match["top"]))
+        bottom = int(_without_groups(match["bottom"]))
+        if bottom == 0:
+            return None
+        return int(match["whole"] or 0) + Fraction(top, bottom)
+    return Fraction(_without_groups(match["decimal"])) * Fraction(10) ** exponent
+
+
+def _without_groups(digits):
+    return re.sub(r"[,'\u2019_]", "", digits)
+
+
+# --- Rewards --------------------------------------------------------------------------------------
 
 
 def load_reward(
