@@ -478,7 +478,7 @@ def generate(
     ended = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
     rows = torch.arange(len(ids), device=model.device)  # those that still go through the model
     mask = batch.prompt_mask[batch.prompt_of]
-    with _autocast(model):  # around all, or the weights are cast anew for each token
+    with _autocast(model):  # around the loop: inside, each token would cast the weights anew
         cache, logits = _prompt_cache(model, model, batch, mask.shape[1])
         _make_roomy(cache)
         if logits.isnan().any():
@@ -530,8 +530,9 @@ def kl_estimate(logps, ref_logps, kind):
     gradient step on the same completions, none has an importance weight.
 
     The book's snippet (8.1.2) has three faults: it calls the models on the prompt alone; F.kl_div
-    takes log-probs, so it needs log_target=True; and F.kl_div(input, target) is
-    KL(target || input), the other direction.
+    gets log-probs as its target, so it needs log_target=True; and by default it takes the mean over
+    all elements, where the KL is a sum over the vocabulary. The order of its arguments is right:
+    F.kl_div(input, target) is KL(target || input).
     """
     log_r = ref_logps - logps
     if kind == "k1":

@@ -1,25 +1,29 @@
 """DPO + NLL: direct preference optimisation with the chosen completion's likelihood in the loss.
 
 Rafailov et al. 2023 (DPO, arXiv:2305.18290); Pang et al. 2024 (Iterative RPO, arXiv:2404.19733).
-Raise the log-ratio to the reference of the better completion above that of the worse one, and, by
-the negative log-likelihood (NLL), keep the better one likely.
+Raise log(pi / pi_ref) of the better completion above that of the worse one; the negative
+log-likelihood (NLL) of the better one, added to the loss, keeps it likely.
 
 Read beside the RLHF Book, draft of January 2025 (the printed edition has chapter 12 as chapter 8
 and chapter 8 as chapter 15). c and w (chosen, winner) are the better completion, r and l (rejected,
 loser) the worse one:
     dpo_nll_loss  8.2: the whole formula
-    dpo_loss      8.2, 12: its first term; with a margin 8.3; label smoothing is cDPO
+    dpo_loss      8.2, 12: its first term; with a margin 8.3; cDPO (conservative) smooths labels
     nll_loss      8.2: its second term
-    rpo_loss      8.3: reward-aware (Nemotron-4, arXiv:2406.11704)
+    rpo_loss      8.3: reward-aware preference optimisation (Nemotron-4, arXiv:2406.11704), which is
+                  not Iterative RPO, iterative reasoning preference optimisation
     rebel_loss    8.3: regression to the rewards' difference (REBEL, arXiv:2404.16767)
     ipo_loss      arXiv:2310.12036, not in the book
 
 How the code departs from the print:
-    1. 8.2 prints the second log-ratio with the chosen completion. It is the rejected one's.
-    2. 8.3 prints the margin outside the sigmoid, where it has no gradient. It is inside.
+    1. 8.2 prints the second log-ratio with the winner's completion. It is the loser's. There c is
+       the reasoning and y the answer, M_theta is pi and M_t the reference; here y is both, c + y.
+    2. 8.3 prints the margin, of a reward model, outside the sigmoid, where it has no gradient. It
+       is inside, also in DPO.
     3. Only the NLL is divided by the completion's length; DPO sums over its tokens.
     4. IPO sums over tokens here. Its authors' code takes the mean: --normalize-length.
-    5. REBEL is as printed. The code of its authors minimises eta squared times that.
+    5. 8.3 only names RPO and REBEL. The formulas are their papers'. The code of REBEL's authors
+       minimises eta squared times what their paper, and this file, has.
 
     python dpo_nll.py                                     # the toy's pairs, in half a minute
     python dpo_nll.py --iterations 3 --dataset toy/problems_train.jsonl        # Iterative RPO
@@ -116,12 +120,13 @@ class Args:
     num_epochs: int = 1  # passes over the pairs, in each iteration
     batch_size: int = 64  # pairs per step (Tulu 3: 128)
     micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
-    max_length: int = 1024  # longest prompt and completion, in tokens; longer completions are cut
+    max_length: int = 1024
+    """most tokens of a prompt and its completion together; longer completions are cut"""
     learning_rate: float = 7e-7  # peak learning rate of AdamW (Pang et al.: 7e-7)
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """course of the learning rate after the warm-up; linear and cosine fall to 0"""
+    """learning-rate schedule after the warm-up; linear and cosine fall to 0"""
     warmup_ratio: float = 0.1  # fraction of the steps used for linear warm-up (Tulu 3: 0.1)
-    max_grad_norm: float = 1.0  # largest norm of the gradient; a longer one is scaled down to it
+    max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
 
     eval_size: int = 64
     """number of prompts held out of --dataset, at most a tenth, without --eval-dataset; and number
@@ -397,7 +402,7 @@ def load_data(args, tokenizer, max_length):
     return [], pairs, eval_pairs, eval_rows
 
 
-def preference_loss(four, args, margin, gap):
+def pair_loss(four, args, margin, gap):
     """The preference term that --loss names: four log-probs, margin, gap (N,) -> scalar."""
     if args.loss == "dpo":
         return dpo_loss(*four, args.beta, margin, args.label_smoothing)
@@ -525,13 +530,13 @@ def main(args: Args):
         logps = torch.zeros_like(ref_logps)
         for mb in batch.split(args.micro_batch_size, whole_prompts=True):
             part = batch.rows(mb)
-            pair = batch.prompt_of[mb][::2]  # places of the pairs; their completions take turns
+            pair = batch.prompt_of[mb][::2]  # indices of the pairs: chosen and rejected alternate
             token_logps = completion_logps(policy, part, 1.0, args.share_prompts)
             mask = part.completion_mask
             mb_logps = sequence_logps(token_logps, mask, args.normalize_length).view(-1, 2)
             four = (mb_logps[:, 0], mb_logps[:, 1], ref_logps[pair, 0], ref_logps[pair, 1])
             margin = args.margin_scale * margins[pair]
-            mb_loss = preference_loss(four, args, margin, gaps[pair])
+            mb_loss = pair_loss(four, args, margin, gaps[pair])
             mb_nll = nll_loss(token_logps[::2], mask[::2])
             share = len(pair) / len(drawn)
             mb_loss = dpo_nll_loss(mb_loss, mb_nll, args.alpha) * share

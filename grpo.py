@@ -10,20 +10,22 @@ and chapter 8 as chapter 15):
     token_weights         11.2.3, the mean over tokens, and two others
     grpo_loss             11.1.5 the objective, 11.2.3 the code, 11.2.2.1 eq. 11
     kl_estimate           8.1, in common.py: its three forms and their gradients
-    clip_frac, approx_kl  11.4, logged by main
+    clip_frac, approx_kl  11.4; 11.2.3, the code; logged by main
 
 How the code departs from the print:
     1. 11.2.3 prints r + beta KL and L_pg - beta KL. The KL is a cost: L_pg + beta KL.
-    2. 11.2.1 says the ratio compares with the reference model. It compares with the policy that
-       generated the completions.
+    2. 11.2.1 calls the ratio a log-ratio to the reference model. It is the ratio pi / pi_old to the
+       policy that generated the completions.
     3. 11.2.3 speaks of summed losses, and its code takes a mean. Here the mean over tokens is a sum
        with fixed weights, so that micro-batches add up to exactly the same gradient.
     4. The mask keeps the EOS (end of sequence) token: the policy learns when to stop.
     5. 11.2.3 has (difference)^2 / 2 for approx_kl. Here it is k3, which is unbiased.
-    6. 11.2 gives completions without an EOS a fixed low reward. Here that is off by default, as in
-       DeepSeekMath: see --missing-eos-penalty.
-    7. The 1e-4 under the standard deviation of eq. 10 is from the code of 11.2.3.
+    6. 11.2 scores only completions that reach an EOS, and leaves open what the others get. Here all
+       are scored by default, as in DeepSeekMath: see --missing-eos-penalty.
+    7. The 1e-4 added to the standard deviation of eq. 10 is from the code of 11.2.3.
     8. With several gradient steps on the same completions, the KL term has no importance weight.
+    9. 11.1.5 and eq. 11 print the ratio of whole completions. Here, as in the code of 11.2.3, it is
+       the ratio of each token.
 
     python grpo.py                                                     # the toy, in a minute
     python grpo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math.jsonl
@@ -101,14 +103,14 @@ class Args:
     max_new_tokens: int = 256  # longest completion, in tokens (DeepSeekMath: 1024)
     temperature: float = 1.0  # temperature of sampling, and of the log-probs
 
-    num_epochs: int = 1  # passes over a step's completions (DeepSeekMath: 1)
+    num_epochs: int = 1  # passes over a step's completions, each in a new order (DeepSeekMath: 1)
     num_minibatches: int = 1
     """gradient steps per pass; with one gradient step in all, the ratio is 1 (eq. 11)"""
     micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
     learning_rate: float = 1e-6  # peak learning rate of AdamW (DeepSeekMath: 1e-6)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """course of the learning rate; linear and cosine fall to 0"""
-    max_grad_norm: float = 1.0  # largest norm of the gradient; a longer one is scaled down to it
+    """learning-rate schedule; linear and cosine fall to 0"""
+    max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
     clip_eps: float = 0.2  # epsilon: the ratio is clipped to 1 - epsilon .. 1 + epsilon
     clip_eps_high: float = 0.0
     """epsilon of the upper bound (DAPO: 0.28); 0: the same as --clip-eps"""
@@ -172,7 +174,7 @@ def process_advantages(rewards, ends, num_tokens, num_generations, scale_by_std=
 
     A step's reward is normalised by the mean and the standard deviation of all steps of all
     completions of its group. The advantage of token t is the sum over the steps that end at t or
-    later; an EOS behind the last separator gets 0. DeepSeekMath 4.1.3.
+    later; an EOS after the last separator gets 0. DeepSeekMath 4.1.3.
     """
     is_step = ends >= 0
     normalised = torch.zeros_like(rewards)
@@ -303,7 +305,9 @@ def check_args(args, num_rows):
 
 
 def main(args: Args):
-    args.step_separator = args.step_separator.replace("\\n", "\n")  # as a shell hands it on
+    args.step_separator = args.step_separator.replace(
+        "\\n", "\n"
+    )  # a shell passes \n as two characters
     run = Run(args)
     torch.manual_seed(args.seed)
     random.seed(args.seed)  # for rewards that draw random numbers
@@ -352,7 +356,7 @@ def main(args: Args):
         R, T = mask.shape
 
         # 2. Log-probs under the reference, and under the policy that sampled. With one gradient
-        #    step the latter are the training forward's own values (eq. 11): no extra pass.
+        #    step the latter come from the training pass below (eq. 11): no extra pass.
         ref_logps = torch.zeros(R, T, device=device)
         policy_logps = torch.zeros(R, T, device=device)
         forward = (args.temperature, args.micro_batch_size, args.share_prompts)

@@ -102,7 +102,7 @@ HEADINGS = {
     "output_dir": "run",
     "loss": "loss",
     "margin_scale": "loss",
-    "supervision": "reward-model",
+    "supervision": "supervision",
     "reward": "reward",
     "rounds": "sampling",
     "iterations": "sampling",
@@ -110,6 +110,7 @@ HEADINGS = {
     "select": "selection",
     "train": "optimisation",
     "num_epochs": "optimisation",
+    "micro_batch_size": "optimisation",
     "learning_rate": "optimisation",
     "eval_size": "evaluation",
 }
@@ -552,8 +553,7 @@ def load_reward(
     reward: "verifier" for the function `verifier`, or "FILE.py:function", which is called with
     three lists of length R: prompts and rows repeated for each completion, the rows with `ended`.
     model: folder or hub name of a reward model, in place of `reward`. by_step: one number for each
-    step of a completion (a process reward model's P(right)), not one for the whole. A model scores
-    completions in the order of their lengths (book 10.2.4.1).
+    step of a completion (a process reward model's P(right)), not one for the whole.
     Raises ValueError where a reward cannot be loaded, fails, or returns what is no finite number.
     """
     if model:
@@ -653,11 +653,12 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
 def _step_logits(model, encoded, micro_batch_size):
     """Outputs of the head at the step ends of each completion -> list of R tensors (S, labels).
 
-    encoded: prompt ids, ids and step ends of each, from `encode_steps`.
+    encoded: prompt ids, ids and step ends of each, from `encode_steps`. They are taken in the order
+    of their lengths: book 10.2.4.1.
     """
     outputs = [None] * len(encoded)
     lengths = torch.tensor([len(ids) for _, ids, _ in encoded])
-    # By length, so that little is padding (book 10.2.4.1); the outputs keep their places
+    # By length, so that little is padding; the outputs keep their places
     for index in lengths.argsort().split(micro_batch_size):
         part = [encoded[i] for i in index]
         prompts = pad([prompt_ids for prompt_ids, _, _ in part], "left")

@@ -1,15 +1,16 @@
 """PPO, proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347), for language models.
 
-Sample completions, give each token a reward (the KL) and the last one the score, let a critic say
-what was to be expected, and raise the log-prob of tokens that did better. "N+" below is Huang et
-al. 2024, "The N+ implementation details of RLHF with PPO" (arXiv:2403.17031).
+Sample completions. Each token's reward is -beta times its KL, and the last one's the score as well.
+Raise the log-prob of tokens that did better than a critic, a learned value model, expected. GAE is
+generalised advantage estimation; "N+" is Huang et al. 2024, "The N+ implementation details of RLHF
+with PPO" (arXiv:2403.17031).
 
 Read beside the RLHF Book, draft of January 2025 (the printed edition has chapter 11 as chapter 6
 and chapter 8 as chapter 15):
     token_rewards         8.1, the KL in the reward, eq. 8 (kl_estimate is in common.py)
     gae                   11.1.4, 11.2.2, advantages (Schulman et al. 2015, arXiv:1506.02438);
                           the draft's section 11.1.4.1 on it is an empty heading
-    ppo_policy_loss       11.1.4 the objective, 11.2.2 the code, 11.2.2.1 eq. 11
+    ppo_policy_loss       11.2.2 the code, 11.2.2.1 eq. 11 (11.1.4 prints no objective)
     ppo_value_loss        11.2.2
     ptx_loss              8.2, pretraining gradients
     AdaptiveKLController  11.3, of which the draft has only the heading (Ziegler et al. 2019,
@@ -17,18 +18,20 @@ and chapter 8 as chapter 15):
     clip_frac, approx_kl  11.4; 11.2.2, the code; logged by main
 
 How the code departs from the print:
-    1. 11.2.1 says the ratio compares with the reference model. It compares with the policy that
-       generated the completions.
+    1. 11.2.1 calls the ratio a log-ratio to the reference model. It is the ratio pi / pi_old to the
+       policy that generated the completions.
     2. 11.2.2 uses reward - value as the advantage and regresses the value on the reward (no GAE, no
        returns), unsqueezes a (B, L) tensor to (B, 1, L), normalises over padding, and averages per
-       completion. Here: GAE, returns, and one mean over all tokens that the mask has. The clip of
+       completion. Here: GAE, returns, and one mean over all completion tokens. The clip of
        the value is from the authors' PPO code, not from 11.2.
     3. 11.2.2 has (difference)^2 / 2 for approx_kl. Here it is k3, which is unbiased.
     4. The value of token t is read before it: a baseline that has seen the token is biased.
     5. 8.2 calls the weight of the pretraining loss gamma. Here it is --ptx-coef, and gamma is the
-       discount.
+       discount. The weight of the KL, lambda in eq. 8 and 8.2, is --beta.
+    6. 11.2 scores only completions that reach an EOS, and leaves open what the others get. Here
+       they get minus --missing-eos-penalty (N+), and GAE treats the cut as an end, too.
 
-    python ppo.py                                                      # the toy, in two minutes
+    python ppo.py                                                      # the toy, in 3 minutes
     python ppo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py, and pass --model and --dataset.
@@ -128,25 +131,27 @@ class Args:
     critic_learning_rate: float = 3e-6  # peak learning rate of the critic's AdamW
     critic_warmup: int = 0  # number of first steps in which only the critic learns
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """course of both learning rates; linear and cosine fall to 0"""
-    max_grad_norm: float = 1.0  # largest norm of the gradient; a longer one is scaled down to it
+    """schedule of both learning rates; linear and cosine fall to 0"""
+    max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
     gamma: float = 1.0  # discount per token
-    lam: float = 0.95  # lambda of GAE: 1 gives Monte Carlo returns, 0 one-step TD (N+: 0.95)
+    lam: float = 0.95
+    """lambda of GAE; 1: the whole return, 0: one reward and the next value (N+: 0.95)"""
     whiten_advantages: bool = True  # give the advantages of a step's tokens mean 0 and variance 1
     clip_eps: float = 0.2  # epsilon: the ratio is clipped to 1 - epsilon .. 1 + epsilon
     clip_eps_value: float = 0.2
-    """how far a value may move from the one before the step, until its loss is clipped (N+: 0.2)"""
+    """values further than this from those before the step are clipped in the loss (N+: 0.2)"""
     vf_coef: float = 0.1
-    """weight of the value loss (N+: 0.1); the critic has weights of its own, so that this counts
-    beside --max-grad-norm and AdamW's eps alone"""
+    """weight of the value loss (N+: 0.1); the critic has weights of its own, so this only
+    matters relative to --max-grad-norm and AdamW's eps"""
     beta: float = 0.05
     """weight of the KL (k1, per token) in the reward (N+: 0.05); 0: no reference model is loaded"""
     kl_target: float = 0.0
-    """KL in nats per completion to which beta adapts (Ziegler et al.: 6); 0: beta is fixed"""
+    """KL in nats per completion at which beta aims (Ziegler et al.: 6); 0: beta is fixed"""
     kl_horizon: float = 10000.0
-    """completions in which beta changes by a factor of 1.2 at most (Ziegler et al.: 10000)"""
+    """beta changes by about 20 % at most in so many completions (Ziegler et al.: 10000)"""
     pretrain_dataset: str = ""  # JSON Lines with `text`, for --ptx-coef
-    ptx_coef: float = 0.0  # weight of the pretraining loss, a mean over tokens (InstructGPT: 27.8)
+    ptx_coef: float = 0.0
+    """weight of the pretraining loss (8.2), a mean over tokens (InstructGPT: 27.8, with sums)"""
     ptx_batch_size: int = 8  # texts per gradient step, each cut to --max-new-tokens tokens
 
     eval_size: int = 64
@@ -227,7 +232,10 @@ def ppo_policy_loss(logps, old_logps, advantages, weights, clip_eps):
 
 
 def ppo_value_loss(values, old_values, returns, weights, clip_eps_value):
-    """All (R, T) -> loss. Book 11.2.2: 0.5 max((V - R)^2, (clip(V, V_old +- eps) - R)^2)."""
+    """All (R, T) -> loss: 0.5 max((V - return)^2, (clip(V, V_old +- eps) - return)^2).
+
+    Book 11.2.2, which has no clip, and the reward in place of the return.
+    """
     clipped = old_values + (values - old_values).clamp(-clip_eps_value, clip_eps_value)
     vf_losses1 = (values - returns) ** 2
     vf_losses2 = (clipped - returns) ** 2
@@ -237,9 +245,10 @@ def ppo_value_loss(values, old_values, returns, weights, clip_eps_value):
 def ptx_loss(logps, mask):
     """Log-probs (N, T) of pretraining text and their mask -> loss: -log pi, the mean over tokens.
 
-    Book 8.2 prints the whole objective, to be maximised: E_{(x,y) ~ pi}[r(x, y) - beta KL]
-    + gamma E_{x ~ pretraining}[log pi(x)]. Its first part is `ppo_policy_loss` on the advantages of
-    `token_rewards`; the second is minus this loss, and its gamma is --ptx-coef.
+    Book 8.2 prints the whole objective, to be maximised: E_{(x,y) ~ pi}[r(x, y) - lambda r_reg]
+    + gamma E_{x ~ pretraining}[log pi(x)]. Its first part, with beta KL for lambda r_reg, is
+    `ppo_policy_loss` on advantages of `token_rewards`; the second is minus this loss, and its gamma
+    is --ptx-coef.
     """
     return -masked_mean(logps, mask)
 
@@ -292,9 +301,9 @@ def verifier(prompts, completions, rows):
 
 
 def load_critic(args, tokenizer, device):
-    """The model that estimates values: a reward model's class, of which every token is read.
+    """The model that estimates values: a reward model whose head is read before every token.
 
-    Where the folder has no head, the head is 0: every value is.
+    If the folder has no head, it gets one of zeros: every value begins at 0.
     """
     path = args.critic_model or args.reward_model or args.model
     if load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
@@ -362,7 +371,7 @@ def add_ptx_grad(policy, tokenizer, texts, args, seed):
 
 
 def make_optimizer(model, learning_rate, args, after=0):
-    """-> AdamW for a model that learns after so many steps, and its learning rate's schedule."""
+    """-> AdamW and its learning-rate schedule. after: steps before the model begins to learn."""
     adam = dict(eps=1e-5, weight_decay=0.0, fused=True)  # eps as in N+
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, **adam)
     num_updates = (args.num_steps - after) * args.num_epochs * args.num_minibatches
@@ -539,7 +548,7 @@ def main(args: Args):
             metrics |= {"loss": sum(losses) / updates, "grad_norm": max(grad_norms), "lr": lr}
             metrics["clip_frac"] = num_clipped / num_tokens / args.num_epochs
             metrics["approx_kl"] = sum_approx_kl / num_tokens / args.num_epochs
-        metrics["ptx_loss"] = sum(ptx_losses) / updates if ptx_losses else math.nan  # left out
+        metrics["ptx_loss"] = sum(ptx_losses) / updates if ptx_losses else math.nan  # nan: no row
         if args.beta:
             metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask)}
             metrics["beta"] = controller.beta

@@ -94,13 +94,13 @@ class Args:
     batch_size: int = 32  # completions per step; those of one prompt follow each other
     micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
     max_length: int = 1024
-    """longest prompt and completion, in tokens; unlabelled steps beyond are cut, other rows are
-    dropped"""
+    """most tokens of a prompt and its completion together; unlabelled steps beyond are cut, other
+    rows are dropped"""
     learning_rate: float = 1e-5  # peak learning rate of AdamW
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """course of the learning rate after the warm-up; linear and cosine fall to 0"""
+    """learning-rate schedule after the warm-up; linear and cosine fall to 0"""
     warmup_ratio: float = 0.03  # fraction of the steps used for linear warm-up
-    max_grad_norm: float = 1.0  # largest norm of the gradient; a longer one is scaled down to it
+    max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
 
     eval_size: int = 64
     """number of prompts held out of --dataset, at most a tenth, without --eval-dataset; 0: none"""
@@ -182,7 +182,7 @@ class CobbeHead(torch.nn.Module):
 
 
 def balanced_accuracy(predicted, labels):
-    """Classes and labels, -100 for none -> the share recognised of each class, mean over these."""
+    """Classes and labels, -100 for none -> recall of each class that occurs, mean over these."""
     shares = []
     for label in labels.unique():
         if label >= 0:
@@ -215,8 +215,8 @@ def auc(scores, outcomes):
 def best_of_n(scores, outcomes, prompts):
     """Accuracy of the best-scored completion of each prompt, and of a random one -> (2,).
 
-    scores (N,), outcomes (N,) or nan where not known, prompts: list of N. Of completions that share
-    the best score the mean counts. Prompts with fewer than two known outcomes are left out; nan
+    scores (N,), outcomes (N,) or nan where not known, prompts: list of N. If several share the
+    best score, their mean counts. Prompts with fewer than two known outcomes are left out; nan
     where none is left.
     """
     groups = {}
@@ -421,7 +421,9 @@ def class_names(args, examples):
 
 
 def main(args: Args):
-    args.step_separator = args.step_separator.replace("\\n", "\n")  # as a shell hands it on
+    args.step_separator = args.step_separator.replace(
+        "\\n", "\n"
+    )  # a shell passes \n as two characters
     check_args(args)
     run = Run(args)
     torch.manual_seed(args.seed)
@@ -444,7 +446,7 @@ def main(args: Args):
             "reward_bias": 0.0,
             "step_separator": separator,
             "solution_score": how,
-            "classifier_dropout": 0.0,  # where nothing is said, transformers has 0.1
+            "classifier_dropout": 0.0,  # transformers' default is 0.1
         }
     )
     trained = torch.nn.ModuleList([model])

@@ -18,13 +18,12 @@ How the code departs from the print:
     3. 11.1.1 says that a baseline serves to "de-bias". It cannot: without one the gradient is not
        biased. It lowers the variance.
     4. The mask keeps the EOS (end of sequence) token: the policy learns when to stop.
-    5. 11.2 gives completions without an EOS a fixed low reward. Here that is off by default, as in
-       Ahmadian et al.: see --missing-eos-penalty.
+    5. 11.2 scores only completions that reach an EOS, and leaves open what the others get. Here all
+       are scored by default, as in Ahmadian et al.: see --missing-eos-penalty.
 
     python reinforce_rloo.py                                          # the toy, in a minute
     python reinforce_rloo.py --baseline none
-    python reinforce_rloo.py --model HuggingFaceTB/SmolLM2-135M-Instruct \\
-        --dataset math.jsonl
+    python reinforce_rloo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py, and pass --model and --dataset.
 """
@@ -67,7 +66,8 @@ class Args:
     eval_dataset: str = ""
     """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
 
-    output_dir: str = "runs/reinforce_rloo"  # folder for metrics, samples, curves, models
+    output_dir: str = "runs/reinforce_rloo"
+    """folder for metrics, samples, curves, checkpoint and final model"""
     resume: bool = False  # continue from the checkpoint in --output-dir, with the same flags
     overwrite: bool = False  # replace the run in --output-dir
     seed: int = 0  # seed for shuffling and sampling
@@ -97,8 +97,8 @@ class Args:
     micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
     learning_rate: float = 1e-6  # peak learning rate of AdamW (Ahmadian et al.: 1e-6)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """course of the learning rate; linear and cosine fall to 0"""
-    max_grad_norm: float = 1.0  # largest norm of the gradient; a longer one is scaled down to it
+    """learning-rate schedule; linear and cosine fall to 0"""
+    max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
     baseline: Literal["none", "batch", "moving", "rloo", "remax"] = "rloo"
     """what is subtracted from the rewards: nothing; the mean of the step's rewards; a moving
     average of earlier steps' means; the mean of the prompt's other completions; the reward of the
@@ -154,7 +154,7 @@ def baseline_advantages(rewards, num_generations, baseline, moving=0.0, greedy=N
 
     A baseline that does not depend on the completion it judges changes no expected gradient, as
     E[grad log pi] = 0. It changes the variance. Only "batch" contains the completion's own reward,
-    by 1/R: its gradient is (R - 1)/R of the others'.
+    with weight 1/R: its expected gradient is (R - 1)/R times that of the others.
     moving: mean reward of earlier steps. greedy (P,): reward of each prompt's greedy completion
     (ReMax, arXiv:2310.10505).
     """
@@ -187,7 +187,7 @@ def reinforce_loss(logps, advantages, mask):
 
 
 class MovingAverage:
-    """Moving average of the steps' mean rewards: 0 before the first, which it then is."""
+    """Moving average of the steps' mean rewards: 0 before the first step, then that step's mean."""
 
     def __init__(self, decay):
         self.decay = decay
@@ -232,8 +232,8 @@ def main(args: Args):
     random.seed(args.seed)  # for rewards that draw random numbers
     device = pick_device(args.device)
     rows, eval_rows = load_prompts(args)
-    has_gold = not is_verified(args) and has_answers(rows)  # log the verifier beside the reward
     check_args(args)
+    has_gold = not is_verified(args) and has_answers(rows)  # log the verifier beside the reward
     P = min(args.num_prompts, len(rows))
     G = args.num_generations
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
@@ -274,7 +274,7 @@ def main(args: Args):
         R, T = mask.shape
 
         # 2. Log-probs under the reference, and under the policy that sampled: the KL is part of the
-        #    reward. Without it the latter are the training forward's own values: no extra pass.
+        #    reward. With --beta 0 the latter come from the training pass below: no extra pass.
         ref_logps = torch.zeros(R, T, device=device)
         policy_logps = torch.zeros(R, T, device=device)
         forward = (args.temperature, args.micro_batch_size, args.share_prompts)
@@ -337,9 +337,9 @@ def main(args: Args):
             "lr": lr,
             "tokens_per_second": num_tokens / (time.time() - start),
         }
-        for name, values in by_baseline.items():
+        for name, weights in by_baseline.items():
             # They weigh grad log pi: the gradient's variance grows with their mean square
-            metrics[f"advantage_ms_{name}"] = (values**2).mean()
+            metrics[f"advantage_ms_{name}"] = (weights**2).mean()
         if args.beta:
             metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask)}
         if has_gold:

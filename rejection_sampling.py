@@ -7,14 +7,15 @@ Read beside the RLHF Book, draft of January 2025 (the printed edition has chapte
     sft_loss                10.2.3 and chapter 9: what the selection is trained with
     best_of_n_reward        10.3: best-of-N sampling, which changes no weights
     best_of_n_kl            10.3: how far from the policy it is
-    (10.2.4.1, scoring sorted by length, is in plumbing.py, _model_reward)
+    (10.2.4.1, scoring sorted by length, is in plumbing.py, _step_logits)
 
 How the code departs from the print:
     1. 10.2.2's overall top 5 of 20 has index 19, of reward 0.6, where index 11, of 0.7, belongs.
     2. 10.2.2 counts the columns of the example from 1 in its text. The code counts from 0: the top
        per prompt is [0, 1, 0, 2, 3].
     3. Ties go to the lower index, so that a run repeats.
-    4. A control of the same size is trained beside: published gains have vanished beside it.
+    4. A random selection of the same size is trained, too, as a control: in published runs the two
+       were nearly equal.
     5. A completion that was cut off is trained without an end of turn: the policy wrote none.
 
     python rejection_sampling.py                                       # the toy, in a minute
@@ -108,8 +109,8 @@ class Args:
     micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
     learning_rate: float = 5e-6  # peak learning rate of AdamW (Tulu 3's SFT: 5e-6)
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """course of the learning rate; linear and cosine fall to 0"""
-    max_grad_norm: float = 1.0  # largest norm of the gradient; a longer one is scaled down to it
+    """learning-rate schedule; linear and cosine fall to 0"""
+    max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
 
     eval_size: int = 64
     """number of held-out prompts; without --eval-dataset they are taken from --dataset, at most a
@@ -327,7 +328,7 @@ def look_up(places, groups, N):
 
 def selection_metrics(groups, rewards, places, control_places):
     """Mean rewards of all candidates, of the selection, of the control and of the best of N."""
-    is_level = [len(set(group["rewards"])) < 2 for group in groups]  # the choice says nothing
+    is_level = [len(set(group["rewards"])) < 2 for group in groups]  # nothing to choose by
     ended = []
     for group in groups:
         ended += group["ended"]

@@ -82,12 +82,13 @@ class Args:
     batch_size: int = 64  # prompts per step, each with all of its completions (InstructGPT: 64)
     micro_batch_size: int = 8
     """completions per forward pass, in whole prompts; changes memory, not the gradient"""
-    max_length: int = 1024  # longest prompt and completion, in tokens; longer completions are cut
+    max_length: int = 1024
+    """most tokens of a prompt and its completion together; longer completions are cut"""
     learning_rate: float = 9e-6  # peak learning rate of AdamW (InstructGPT: 9e-6)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """course of the learning rate after the warm-up; linear and cosine fall to 0"""
+    """learning-rate schedule after the warm-up; linear and cosine fall to 0"""
     warmup_ratio: float = 0.03  # fraction of the steps used for linear warm-up
-    max_grad_norm: float = 1.0  # largest norm of the gradient; a longer one is scaled down to it
+    max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
 
     eval_size: int = 64
     """number of prompts held out of --dataset, at most a tenth, without --eval-dataset; 0: none"""
@@ -150,7 +151,7 @@ def ranking_loss(scores, ranks, prompt_of):
 def center_loss(scores, ranks, prompt_of):
     """(r_c + r_r)^2, mean as in `ranking_loss`.
 
-    The other losses leave a constant of the rewards free; this one draws it to 0.
+    A constant added to all rewards changes no other loss; this one pulls it to 0.
     """
     better, worse = ranked_pairs(ranks, prompt_of)
     return prompt_mean((scores[better] + scores[worse]) ** 2, prompt_of[better])
@@ -410,9 +411,9 @@ def main(args: Args):
         if step % args.eval_every == 0 or step == num_steps:
             report()
 
-    # The losses do not see a constant. Choose the one that makes the mean reward of the training
-    # completions 0, as InstructGPT does for its demonstrations. Heads have no bias in transformers,
-    # so it goes into config.json.
+    # With a constant added to all rewards the losses (but center_loss) stay the same. Choose the
+    # constant that makes the mean reward of the training completions 0, as InstructGPT does for its
+    # demonstrations. Heads have no bias in transformers, so it goes into config.json.
     run.checkpoint()  # the pass takes a while
     scores, _, _, _ = score_all(model, tokenizer, examples, max_length, args)
     model.config.reward_bias = -scores.mean().item()

@@ -6,7 +6,8 @@ Read beside the RLHF Book, draft of January 2025 (the printed edition has chapte
     plackett_luce_loss    7.4.3: the likelihood of a ranking of K completions; K = 2 is eq. 3
 
 The draft prints the probability of a ranking. Choices it leaves open:
-    1. -log of it, mean over prompts. K may differ per prompt, and a longer ranking weighs no less.
+    1. -log of it, mean over prompts. K may differ per prompt; nothing is divided by K, so longer
+       rankings weigh more.
     2. A model that places the best first, then the best of the rest, has no ties: rows with tied
        ranks are refused. rm_bt.py takes those.
     3. The reward is read at the end of turn, which every completion has unless it was cut.
@@ -71,12 +72,13 @@ class Args:
     batch_size: int = 64  # prompts per step, each with all of its completions (InstructGPT: 64)
     micro_batch_size: int = 8
     """completions per forward pass, in whole prompts; changes memory, not the gradient"""
-    max_length: int = 1024  # longest prompt and completion, in tokens; longer completions are cut
+    max_length: int = 1024
+    """most tokens of a prompt and its completion together; longer completions are cut"""
     learning_rate: float = 9e-6  # peak learning rate of AdamW (InstructGPT: 9e-6)
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """course of the learning rate after the warm-up; linear and cosine fall to 0"""
+    """learning-rate schedule after the warm-up; linear and cosine fall to 0"""
     warmup_ratio: float = 0.03  # fraction of the steps used for linear warm-up
-    max_grad_norm: float = 1.0  # largest norm of the gradient; a longer one is scaled down to it
+    max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
 
     eval_size: int = 64
     """number of prompts held out of --dataset, at most a tenth, without --eval-dataset; 0: none"""
@@ -360,9 +362,9 @@ def main(args: Args):
         if step % args.eval_every == 0 or step == num_steps:
             report()
 
-    # The loss does not see a constant. Choose the one that makes the mean reward of the training
-    # completions 0, as InstructGPT does for its demonstrations. Heads have no bias in transformers,
-    # so it goes into config.json.
+    # With a constant added to all rewards the loss stays the same. Choose the
+    # constant that makes the mean reward of the training completions 0, as InstructGPT does for its
+    # demonstrations. Heads have no bias in transformers, so it goes into config.json.
     run.checkpoint()  # the pass takes a while
     scores, _, _, _ = score_all(model, tokenizer, examples, max_length, args)
     model.config.reward_bias = -scores.mean().item()

@@ -63,14 +63,15 @@ class Args:
     batch_size: int = 32  # completions per step (Tulu 3: 128)
     micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
     max_length: int = 1024
-    """longest prompt and completion, in tokens; longer completions are cut and then have no EOS"""
+    """most tokens of a prompt and its completion together; longer completions are cut, and then
+    have no EOS"""
     learning_rate: float = 5e-6
     """peak learning rate of AdamW (Tulu 3, 8B: 5e-6; small models take ten times that)"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """course of the learning rate after the warm-up; linear and cosine fall to 0"""
+    """learning-rate schedule after the warm-up; linear and cosine fall to 0"""
     warmup_ratio: float = 0.03  # fraction of the steps used for linear warm-up (Tulu 3: 0.03)
     weight_decay: float = 0.0  # weight decay of AdamW
-    max_grad_norm: float = 1.0  # largest norm of the gradient; a longer one is scaled down to it
+    max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
 
     eval_size: int = 64
     """number of prompts held out of --dataset, at most a tenth, without --eval-dataset; 0: none"""
@@ -99,7 +100,7 @@ TOY = dict(
 def sft_loss(logps, mask):
     """-mean of log pi(y_t | x, y_<t) over completion tokens: logps, mask (R, Tc) -> scalar, nats.
 
-    Book chapter 9: prompt tokens have no part in it (they are in no logps), the EOS has.
+    Book chapter 9: logps has no prompt tokens, so they are not in the loss; the EOS is.
     """
     return -masked_mean(logps, mask)
 
