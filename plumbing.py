@@ -7,14 +7,16 @@ an exit code in `run_script`.
 
 import ast
 import contextlib
+import copy
 import dataclasses
+import hashlib
+import importlib.util
 import inspect
 import json
 import math
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import sys
@@ -116,6 +118,51 @@ HEADINGS = {
 }
 
 
+# Smallest and largest sensible value; of other numbers it is 0, or 1 where something is counted
+RANGES = {
+    "seed": (0, 2**63 - 1),
+    "learning_rate": (0, 1),
+    "critic_learning_rate": (0, 1),
+    "weight_decay": (0, 1),
+    "warmup_ratio": (0, 1),
+    "label_smoothing": (0, 0.5),
+    "gamma": (0, 1),
+    "lam": (0, 1),
+    "moving_decay": (0, 1),
+    "temperature": (0, 100),
+    "eta": (1e-9, math.inf),
+    "kl_horizon": (1, math.inf),
+    "rounds": (1, math.inf),
+}
+COUNTS = ("num_", "max_", "micro_", "batch_", "ptx_batch_", "checkpoint_every", "eval_every")
+
+
+def range_of(name, kind):
+    """Smallest and largest value of a flag of type int or float."""
+    if name in RANGES:
+        return RANGES[name]
+    if kind is int and name.startswith(COUNTS):
+        return 1, math.inf
+    return 0, math.inf
+
+
+def check_flags(args):
+    """Stop at a number that is not finite, or outside its range."""
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        flag = f"--{name.replace('_', '-')} {value}"
+        least, most = range_of(name, type(value))
+        if not math.isfinite(value):
+            stop(f"{flag}: must be a finite number")
+        if value < least:
+            stop(f"{flag}: must be at least {least}")
+        if value > most:
+            stop(f"{flag}: must be at most {most}")
+        if name == "temperature" and 0 < value < 0.01:
+            stop(f"{flag}: must be at least 0.01, or 0 for the likeliest tokens")
+
+
 def parse_args(Args, toy):
     """Command line -> Args. Without --model the defaults are `toy`, its paths counted from here."""
     given = {argument.split("=")[0] for argument in sys.argv[1:]}
@@ -148,7 +195,11 @@ def _grouped(Args, defaults):
     heading = ""
     for flag in dataclasses.fields(Args):
         heading = HEADINGS.get(flag.name, heading)
-        kind = Annotated[flag.type, tyro.conf.arg(help=help_texts[flag.name])]
+        help_text = help_texts[flag.name]
+        if flag.name in RANGES:
+            least, most = RANGES[flag.name]
+            help_text += f" [{least} or more]" if most > 1e9 else f" [{least} to {most}]"
+        kind = Annotated[flag.type, tyro.conf.arg(help=help_text)]
         if flag.name in defaults:
             entry = (flag.name, kind, dataclasses.field(default=defaults[flag.name]))
         else:
@@ -184,7 +235,7 @@ def load_rows(path, *columns):
 
     columns: names that no row may lack or leave empty; a tuple names alternatives.
     """
-    if Path(path).is_file():
+    if os.path.isfile(path):
         lines = Path(path).read_bytes().splitlines()
     else:
         lines = _hub_lines(path)
@@ -564,15 +615,16 @@ def load_reward(
         function = verifier
     else:
         name = f"--reward {reward}"
-        path, _, attribute = reward.rpartition(":")
-        if not path.endswith(".py") or not attribute:
-            stop(f"{name}: not of the form FILE.py:function")
-        with stop_on_error(f"{name}: cannot be loaded from FILE.py:function"):
-            function = runpy.run_path(path)[attribute]
+        function = _load_function(reward)
 
     def score(prompts, completions, rows):
-        with stop_on_error(f"{name} failed"):
-            values = [_as_numbers(value) for value in function(prompts, completions, rows)]
+        # Copies: nothing that a reward does to its lists may reach the training
+        given = copy.deepcopy((prompts, completions, rows))
+        with _no_exit(name), stop_on_error(f"{name} failed"):
+            returned = function(*given)
+            if isinstance(returned, dict | set | str):
+                raise ValueError(f"it returned a {type(returned).__name__}, not a list of numbers")
+            values = [_as_numbers(value) for value in returned]
             if len(values) != len(completions):
                 raise ValueError(f"{len(values)} values for {len(completions)} completions")
             for value, text in zip(values, completions, strict=True):
@@ -582,7 +634,34 @@ def load_reward(
     return score
 
 
+def _load_function(reward):
+    """ "FILE.py:function" -> the function. Its folder is where it finds its neighbours."""
+    path, _, attribute = reward.rpartition(":")
+    if not path.endswith(".py") or not attribute:
+        stop(f"--reward {reward}: not of the form FILE.py:function")
+    file = Path(path).resolve()
+    with _no_exit(f"--reward {reward}"):
+        with stop_on_error(f"--reward {reward}: cannot be loaded from FILE.py:function"):
+            spec = importlib.util.spec_from_file_location(file.stem, file)
+            module = importlib.util.module_from_spec(spec)
+            sys.path.insert(0, str(file.parent))
+            sys.modules.setdefault(file.stem, module)  # so that worker processes can import it
+            spec.loader.exec_module(module)
+            return getattr(module, attribute)
+
+
+@contextlib.contextmanager
+def _no_exit(name):
+    """Turn sys.exit in a user's file into UserError: a run must not end as if it were done."""
+    try:
+        yield
+    except SystemExit as error:
+        stop(f"{name} called sys.exit({error.code})")
+
+
 def _as_numbers(value):
+    if isinstance(value, str | bytes):
+        raise ValueError(f"{value!r} is a text, not a number")
     if isinstance(value, list):
         return [float(x) for x in value]
     return float(value)
@@ -785,6 +864,14 @@ IMPORTANT = [
 ]  # fmt: skip
 
 
+LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow from step to step
+RUN_FILES = (
+    *LOGS, "args.json", "curves.png", "reward_histogram.png", "best_of_n.png", "checkpoint",
+    "final", "critic", "control", "pairs", "candidates",
+)  # fmt: skip
+BEFORE_A_START = {"args.json", "args.json.new", "lock"}  # what a start that failed may leave
+
+
 class Run:
     """The folder of a run: args.json, metrics.jsonl, samples.jsonl, curves.png, checkpoint, final.
 
@@ -794,38 +881,69 @@ class Run:
     """
 
     def __init__(self, args):
+        check_flags(args)
         self.args = args
-        self.folder = Path(args.output_dir)
+        self.folder = Path(args.output_dir).expanduser()
         self.step = 0
         self.bar = None
         self.shown = []  # names of the figures for the closing line
         self.warned = False
         self.stopped_by = ""
-        for name, value in vars(args).items():
-            self._check_flag(name, value)
-        old_args = self.folder / "args.json"
-        may_be_there = old_args.exists() and (args.resume or args.overwrite)
-        if self.folder.exists() and not may_be_there:
-            stop(f"{self.folder} exists: use --resume or --overwrite, or another --output-dir")
+        self.inputs = {str(path): _digest(path) for path in _input_files(args)}
+        self._check_folder()
         if args.resume:
-            with stop_on_error(f"--resume: no run in {self.folder}"):
-                old = json.loads(old_args.read_text())
-            for name, value in vars(args).items():
-                may_change = name in ("resume", "overwrite", "num_steps")
-                if old.get(name) != value and not may_change:
-                    stop(f"--resume: {self.folder} began with {name} {old.get(name)}, not {value}")
+            self._check_resume()
 
-    def _check_flag(self, name, value):
-        """Stop at a number below its least value, and where --overwrite would delete an input."""
-        flag = f"--{name.replace('_', '-')} {value}"
-        counted = name.startswith(("num_", "max_", "micro_", "batch_")) or name.endswith("_every")
-        least = 1 if counted and isinstance(value, int) else 0
-        if isinstance(value, int | float) and value < least:
-            stop(f"{flag}: must be at least {least}")
-        is_path = isinstance(value, str) and value and Path(value).exists()
-        if self.args.overwrite and is_path:
-            if self.folder.resolve() in Path(value).resolve().parents:
-                stop(f"--overwrite would delete {flag}")
+    def _check_folder(self):
+        """Stop where a run must not begin, or --overwrite would touch what is not a run's."""
+        folder = self.folder
+        if not self.args.output_dir.strip() or folder.resolve() in (Path.cwd(), Path.home()):
+            stop(f"--output-dir {self.args.output_dir!r}: a run needs a folder of its own")
+        if folder.is_symlink():
+            stop(f"--output-dir {folder} is a link: give the folder that it leads to")
+        if not os.path.exists(folder) or self.args.resume:
+            return
+        if not folder.is_dir():
+            stop(f"--output-dir {folder} is a file")
+        has_begun = {path.name for path in folder.iterdir()} - BEFORE_A_START
+        if has_begun and not self.args.overwrite:
+            stop(f"{folder} exists: use --resume or --overwrite, or another --output-dir")
+        if has_begun and not self._marker():
+            stop(f"--overwrite: {folder} holds no run of these scripts: nothing in it is replaced")
+        for path in self.inputs:
+            if folder.resolve() in Path(path).resolve().parents:
+                stop(f"--overwrite: the run in {folder} holds {path}, which this command reads")
+
+    def _marker(self):
+        """Name of the script that made the run in the folder; empty where none of ours did."""
+        try:
+            return json.loads((self.folder / "args.json").read_text())["script"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def _check_resume(self):
+        """Stop where flags, or files that are read, are not those the run began with."""
+        with stop_on_error(f"--resume: no run in {self.folder}"):
+            old = json.loads((self.folder / "args.json").read_text())
+        for name, value in vars(self.args).items():
+            may_change = name in ("resume", "overwrite", "num_steps")
+            if old.get(name) != value and not may_change:
+                stop(f"--resume: {self.folder} began with {name} {old.get(name)}, not {value}")
+        if old.get("script", self._script()) != self._script():
+            stop(f"--resume: {self.folder} was begun by {old['script']}.py")
+        for path, digest in old.get("inputs", {}).items():
+            if self.inputs.get(path, digest) != digest:
+                stop(f"--resume: {path} is no longer what it was when the run began")
+        num_steps = getattr(self.args, "num_steps", None)
+        if old.get("num_steps") != num_steps:
+            print(
+                f"--num-steps {num_steps}, begun with {old.get('num_steps')}: from here on the "
+                f"learning rate is that of a run of {num_steps} steps"
+            )
+
+    def _script(self):
+        module = sys.modules[type(self.args).__module__]
+        return Path(getattr(module, "__file__", "run")).stem
 
     def begin(self, parts, num_steps):
         """Make the folder, or load its checkpoint.
@@ -836,18 +954,48 @@ class Run:
         self.parts = parts
         self.num_steps = num_steps
         self.start = time.time()
-        sizes = {}
+        with stop_on_error(f"cannot make {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = _locked(self.folder)
         if not self.args.resume:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            text = json.dumps(vars(self.args), indent=1)
+            self._check_folder()  # another run may have begun there since
+            self._delete_run()
+            content = vars(self.args) | {"script": self._script(), "inputs": self.inputs}
+            text = json.dumps(content, indent=1)
             self._replace("args.json", lambda new: new.write_text(text))
         elif (self.folder / "checkpoint" / "state.pt").exists():
-            sizes = self._load_checkpoint()
-        for path in self.folder.glob("*.jsonl"):  # what came after the checkpoint comes again
-            os.truncate(path, sizes.get(path.name, 0))
+            self._cut_logs(self._load_checkpoint())
+        else:
+            self._cut_logs({})
+
+    def _delete_run(self):
+        """Delete what a run writes, and nothing else."""
+        for name in RUN_FILES:
+            for path in (
+                self.folder / name,
+                self.folder / f"{name}.new",
+                self.folder / f"{name}.old",
+            ):
+                with stop_on_error(f"--overwrite: cannot delete {path}"):
+                    if path.is_symlink() or path.is_file():
+                        path.unlink()
+                    elif path.exists():
+                        shutil.rmtree(path)
+
+    def _cut_logs(self, sizes):
+        """Cut the logs to their sizes at the checkpoint: what came after it comes again."""
+        for name in LOGS:
+            path = self.folder / name
+            size = sizes.get(name, 0)
+            if not path.exists() and not size:
+                continue
+            if not path.exists() or path.stat().st_size < size:
+                stop(f"--resume: {path} is shorter than it was at the checkpoint")
+            with stop_on_error(f"--resume: cannot write {path}"):
+                os.truncate(path, size)
 
     def _load_checkpoint(self):
-        """Load the parts, the random states and the step -> sizes of the files at that time."""
+        """Load the parts, the random states and the step -> sizes of the logs at that time."""
         path = self.folder / "checkpoint" / "state.pt"
         with stop_on_error(f"--resume: cannot read {path}"):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -856,6 +1004,8 @@ class Run:
                 part.load_state_dict(state[name])
             else:
                 vars(part).update(state[name])
+            if hasattr(part, "lr_lambdas"):
+                _set_rate(part)
         torch.set_rng_state(state["torch"])
         torch.cuda.set_rng_state_all(state["cuda"])
         random.setstate(state["random"])
@@ -985,15 +1135,34 @@ class Run:
             return []
         return [json.loads(line) for line in path.read_text().splitlines()]
 
+    def _sizes_of_logs(self):
+        sizes = {}
+        for name in LOGS:
+            if (self.folder / name).exists():
+                sizes[name] = (self.folder / name).stat().st_size
+        return sizes
+
+    def _check_weights(self):
+        """Stop before broken weights are saved: a last step is followed by no loss to show them."""
+        for name, part in self.parts.items():
+            if isinstance(part, torch.nn.Module):
+                for parameter in part.parameters():
+                    if not parameter.isfinite().all():
+                        stop(
+                            f"step {self.step} broke the weights ({name}): lower --learning-rate; "
+                            "--resume goes on from the last checkpoint"
+                        )
+
     def checkpoint(self):
         """Save the parts, the random states and the step, so that --resume goes on bit for bit."""
+        self._check_weights()
         state = {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all(),
             "random": random.getstate(),
             "step": self.step,
             "seconds": time.time() - self.start,
-            "sizes": {path.name: path.stat().st_size for path in self.folder.glob("*.jsonl")},
+            "sizes": self._sizes_of_logs(),
         }
         for name, part in self.parts.items():
             has_state = hasattr(part, "state_dict")
@@ -1006,8 +1175,7 @@ class Run:
         for name, model in models.items():
             self._save_model(name, model, tokenizer)
         rows = self.read_rows("metrics.jsonl")
-        with contextlib.suppress(ImportError):  # no matplotlib, no picture
-            draw_curves(rows, self.folder / "curves.png")
+        self.draw("curves.png", draw_curves, rows)
         self._print_answers()
         self._print_changes(rows)
         print(f"saved {self.folder} after {time.time() - self.start:.0f} s")
@@ -1049,8 +1217,13 @@ class Run:
 
     def histogram(self, values):
         """Draw reward_histogram.png of {label: numbers (N,)}, where matplotlib is there."""
-        with contextlib.suppress(ImportError):
-            draw_histogram(values, self.folder / "reward_histogram.png")
+        self.draw("reward_histogram.png", draw_histogram, values)
+
+    def draw(self, name, function, *values):
+        """Let function(*values, path) draw a picture; without matplotlib there is none."""
+        with stop_on_error(f"cannot write {self.folder / name}"):
+            with contextlib.suppress(ImportError):
+                function(*values, self.folder / name)
 
     def _replace(self, name, write):
         """Let `write(path)` write NAME.new, and put that in the place of NAME in one move."""
@@ -1061,11 +1234,66 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(new, ignore_errors=True)  # what a killed run left of a folder
             write(new)
+            _flush(new)
             if path.is_dir():  # no call replaces a folder: for a moment there is only .old
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(path, old)
             os.replace(new, path)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _input_files(args):
+    """The files and folders that the flags name, that of a reward function included."""
+    paths = []
+    for name, value in vars(args).items():
+        if name == "output_dir" or not isinstance(value, str):
+            continue
+        for path in (value, value.rpartition(":")[0]):
+            if path and os.path.exists(path):
+                paths.append(Path(path))
+    return paths
+
+
+def _digest(path):
+    """SHA-256 of a file; of a folder, which is not read for it, nothing."""
+    if path.is_dir():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _locked(folder):
+    """Keep a second run out of the folder until this process ends -> the open lock file."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stop(f"another run is writing to {folder}")
+    return file
+
+
+def _set_rate(scheduler):
+    """Set the learning rate of the next step: the schedule may be longer than when it was saved."""
+    rates = []
+    for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        rates.append(rate * factor(scheduler.last_epoch))
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _flush(path):
+    """Have the disk hold a file, or all files of a folder, before it takes the place of another."""
+    files = [path]
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file()]
+    for file in files:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
 
 
 def _short(text, length=160):

@@ -31,7 +31,6 @@ import json
 import math
 import random
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -351,8 +350,7 @@ def log_best_of_n(run, rewards):
     for n, kl, reward in zip(sizes, kls, means, strict=True):
         metrics = {"n": n, "kl_best_of_n": kl, "reward_best_of_n": reward}
         run.log(metrics, "n", "kl_best_of_n", "reward_best_of_n", always=True)
-    with suppress(ImportError):  # no matplotlib, no picture
-        draw_best_of_n(sizes, kls, means, run.folder / "best_of_n.png")
+    run.draw("best_of_n.png", draw_best_of_n, sizes, kls, means)
 
 
 def draw_best_of_n(sizes, kls, means, path):
