@@ -260,6 +260,8 @@ def read_pairs(path, loss):
             gap = 0.0
             if needs_scores:
                 gap = float(row["score_chosen"]) - float(row["score_rejected"])
+            if not math.isfinite(margin + gap):
+                raise ValueError(f"margin {margin}, difference of scores {gap}: not finite")
         pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
         pairs.append(pair | {"margin": margin, "gap": gap})
     return pairs
@@ -376,8 +378,15 @@ def all_logps(model, tokenizer, pairs, max_length, args):
 # --- Training -------------------------------------------------------------------------------------
 
 
-def check_margins(args, pairs):
-    """Stop where --margin-scale has nothing to scale."""
+def check_args(args, pairs):
+    """Stop where flags contradict each other, or --margin-scale has nothing to scale."""
+    if args.loss != "rebel" and not args.beta:
+        stop("--beta 0: without it the loss does not see the policy")
+    if args.iterations and (args.num_generations < 2 or not args.temperature):
+        stop(
+            f"--num-generations {args.num_generations} --temperature {args.temperature}: a pair "
+            "needs two sampled completions of a prompt"
+        )
     if args.margin_scale:
         has_margins = any(pair["margin"] for pair in pairs)
         if args.loss != "dpo" or not has_margins:
@@ -455,7 +464,7 @@ def main(args: Args):
     policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
     max_length = min(args.max_length, policy.context)
     rows, pairs, eval_pairs, eval_rows = load_data(args, tokenizer, max_length)
-    check_margins(args, pairs)
+    check_args(args, pairs)
     policy.context = max_length  # what is sampled must fit in training, too
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
     num_pairs = args.num_pairs if args.iterations else len(pairs)

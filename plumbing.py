@@ -61,15 +61,18 @@ def stop(message):
 
 @contextlib.contextmanager
 def stop_on_error(saying):
-    """Turn any other exception into UserError: `saying`, what the exception was, and where."""
+    """Turn any other exception into UserError: `saying`, what it was, where in a user's file."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(last.filename).name}:{last.lineno}"
-        stop(f"{saying} ({type(error).__name__}: {error}; {place})")
+        place = f"; {Path(last.filename).name}:{last.lineno}"
+        of_library = last.filename.startswith(("<", sys.prefix, sys.base_prefix))
+        if of_library or Path(last.filename).resolve().parent == ROOT:
+            place = ""  # a line that the user did not write helps nobody
+        stop(f"{saying} ({type(error).__name__}: {error}{place})")
 
 
 def quieten_transformers():
@@ -93,6 +96,13 @@ def run_script(main, Args, toy):
         if raised_in.parent != ROOT:
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        print(
+            f"{Path(sys.argv[0]).name}: stopped at once; --resume goes on from the last "
+            "checkpoint, where there is one",
+            file=sys.stderr,
+        )
+        sys.exit(130)
 
 
 # --- Flags ----------------------------------------------------------------------------------------
@@ -178,7 +188,7 @@ def parse_args(Args, toy):
         defaults |= {"model": toy["model"], "dataset": toy["dataset"]}
     elif "--model" not in given:
         defaults |= toy_values
-    lines = ["Without --model the script trains the toy, with these defaults:"]
+    lines = ["Without --model the script trains the toy, with these values for the defaults below:"]
     for name, value in toy.items():
         lines.append(f"  --{name.replace('_', '-')} {value}")
     grouped = tyro.cli(_grouped(Args, defaults), description="\n".join(lines))
@@ -237,8 +247,12 @@ def load_rows(path, *columns):
     """
     if os.path.isfile(path):
         lines = Path(path).read_bytes().splitlines()
-    else:
+    elif os.path.isdir(path):
+        stop(f"{path}: is a folder; it needs a file of JSON Lines")
+    elif "/" in str(path) and not str(path).endswith((".json", ".jsonl")):
         lines = _hub_lines(path)
+    else:
+        stop(f"{path}: no such file")
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -246,6 +260,7 @@ def load_rows(path, *columns):
         where = f"{path}, line {number}"
         with stop_on_error(f"{where}: no JSON object; it needs one per line"):
             row = {**json.loads(line)}
+        _check_texts(row, where)
         for names in columns:
             _check_column(row, names, where)
         rows.append(row)
@@ -256,11 +271,49 @@ def load_rows(path, *columns):
 
 def _hub_lines(path):
     """The rows of a data set of the hub as lines of JSON."""
-    with stop_on_error(f"{path}: no such file (for the hub: no such data set, or no `datasets`)"):
+    try:
         from datasets import load_dataset
-
+    except ImportError:
+        stop(f'{path}: no such file; a data set of the hub needs pip install -e ".[hub]"')
+    with stop_on_error(f"{path}: no such file, and no such data set on the hub"):
         name, _, split = path.partition(":")
         return [json.dumps(row) for row in load_dataset(name, split=split or "train")]
+
+
+MESSAGES = ("prompt", "messages")  # a prompt may also be a text
+ANSWERS = ("completion", "response", "chosen", "rejected")  # texts, or lists of messages
+LISTS = ("completions", "ranks", "steps", "labels")
+
+
+def _check_texts(row, where):
+    """Stop where a column that all scripts read alike has a value of the wrong kind."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        stop(
+            f"{where}: half of a surrogate pair (\\ud800 to \\udfff) stands in it, which is no text"
+        )
+    for name in (*MESSAGES, *ANSWERS):
+        value = row.get(name)
+        if isinstance(value, list):
+            _check_messages(value, name, where)
+        elif value is not None and not (isinstance(value, str) and name != "messages"):
+            stop(f"{where}: {name} is {str(value)[:80]!r}, not a text or a list of messages")
+    for name in LISTS:
+        if row.get(name) is not None and not isinstance(row[name], list):
+            stop(f"{where}: {name} is {str(row[name])[:80]!r}, not a list")
+    if not isinstance(row.get("text", ""), str | None):
+        stop(f"{where}: text is {str(row['text'])[:80]!r}, not a text")
+    if not isinstance(row.get("ended", True), bool | int | None):
+        stop(f"{where}: ended is {str(row['ended'])[:80]!r}, not true or false")
+
+
+def _check_messages(messages, name, where):
+    """Stop at what is no message: an object with a role and a content."""
+    for message in messages:
+        is_message = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not is_message:
+            stop(f"{where}: {name} has {str(message)[:80]!r}, where a message has role and content")
 
 
 def _check_column(row, names, where):
@@ -378,9 +431,24 @@ def pick_device(device="auto"):
         return torch.empty(0, device=device).device
 
 
+@contextlib.contextmanager
+def _stop_without(kind, path):
+    """Say what is missing in a folder, or on the hub, where a model or a tokenizer is loaded."""
+    if os.path.exists(Path(path) / "final" / "config.json"):
+        stop(f"{path}: no {kind} in it; did you mean {Path(path) / 'final'}?")
+    if not os.path.isdir(path):
+        try:
+            yield
+        except OSError:
+            stop(f"{path}: no such folder, and no such {kind} on the hub")
+    else:
+        with stop_on_error(f"{path}: no {kind} in it that can be loaded"):
+            yield
+
+
 def load_tokenizer(path):
     """Tokenizer of a model folder or hub name. One without an EOS is refused."""
-    with stop_on_error(f"{path}: no tokenizer there, in a model folder or on the hub"):
+    with _stop_without("tokenizer", path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
         stop(f"{path}: its tokenizer has no EOS, so no completion could end; set its eos_token")
@@ -406,7 +474,8 @@ def check_prompts(tokenizer, model, rows, max_new_tokens):
         if not 0 < length <= model.context - max_new_tokens:
             stop(
                 f"a prompt of {length} tokens with --max-new-tokens {max_new_tokens} does not fit "
-                f"in the model's {model.context}: {str(row['prompt'])[:80]!r}"
+                f"in the model's {model.context} (at most {model.context - length}): "
+                f"{str(row['prompt'])[:80]!r}"
             )
 
 
@@ -421,8 +490,13 @@ def load_model(
     random weights. new_head: labels of a classification head that the file need not have;
     model.has_new_head says whether it was made.
     """
-    with stop_on_error(f"{path}: no model there that {auto_class.__name__} loads"):
+    with _stop_without("model", path):
         config = transformers.AutoConfig.from_pretrained(path)
+    made_for = str(getattr(config, "architectures", None))
+    is_policy = auto_class is transformers.AutoModelForCausalLM
+    if is_policy and re.search("For(Sequence|Token)Classification", made_for):
+        stop(f"{path}: is a reward model: it gives scores, and writes no text")
+    with stop_on_error(f"{path}: no model there that {auto_class.__name__} loads"):
         config.num_labels = new_head or config.num_labels
         _switch_off_dropout(config)
         if from_scratch:
@@ -509,12 +583,15 @@ def last_number(text):
 
 
 def is_number(answer):
-    """Whether an answer (a number, or a text of one) is one number and nothing else."""
+    """Whether an answer (a number, or a text of one) is one number and nothing else.
+
+    Digits, with a sign, thousands, decimals, an exponent: no unit, currency, fraction, percent.
+    """
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return False
     text = _simplify(str(answer)).strip()
-    body = text.lstrip("+-").strip().lstrip("$\u20ac\u00a3\u00a5").strip().removesuffix("%").strip()
-    return NUMBER.fullmatch(body) is not None and last_number(text) is not None
+    match = NUMBER.fullmatch(text.lstrip("+-"))
+    return match is not None and match["decimal"] is not None and last_number(text) is not None
 
 
 def _simplify(text):
@@ -622,8 +699,9 @@ def load_reward(
         given = copy.deepcopy((prompts, completions, rows))
         with _no_exit(name), stop_on_error(f"{name} failed"):
             returned = function(*given)
-            if isinstance(returned, dict | set | str):
-                raise ValueError(f"it returned a {type(returned).__name__}, not a list of numbers")
+            if returned is None or isinstance(returned, dict | set | str):
+                kind = type(returned).__name__
+                raise ValueError(f"it returned a value of type {kind}, not a list of numbers")
             values = [_as_numbers(value) for value in returned]
             if len(values) != len(completions):
                 raise ValueError(f"{len(values)} values for {len(completions)} completions")
@@ -640,6 +718,8 @@ def _load_function(reward):
     if not path.endswith(".py") or not attribute:
         stop(f"--reward {reward}: not of the form FILE.py:function")
     file = Path(path).resolve()
+    if not os.path.isfile(file):
+        stop(f"--reward {reward}: no file {path}")
     with _no_exit(f"--reward {reward}"):
         with stop_on_error(f"--reward {reward}: cannot be loaded from FILE.py:function"):
             spec = importlib.util.spec_from_file_location(file.stem, file)
@@ -647,7 +727,9 @@ def _load_function(reward):
             sys.path.insert(0, str(file.parent))
             sys.modules.setdefault(file.stem, module)  # so that worker processes can import it
             spec.loader.exec_module(module)
-            return getattr(module, attribute)
+    if not hasattr(module, attribute):
+        stop(f"--reward {reward}: no function {attribute} in {path}")
+    return getattr(module, attribute)
 
 
 @contextlib.contextmanager
@@ -684,8 +766,10 @@ def _check_reward(value, text, by_step):
 
 def _model_reward(path, device, dtype, micro_batch_size, by_step):
     """Reward function of a saved reward model: of the last token, of steps, or of outcomes."""
-    with stop_on_error(f"--reward-model {path}: no model there"):
+    with _stop_without("model", path):
         config = transformers.AutoConfig.from_pretrained(path)
+    if "ForCausalLM" in str(config.architectures):
+        stop(f"--reward-model {path}: is a language model; rm_bt.py makes a reward model of one")
     of_tokens = "ForTokenClassification" in str(config.architectures)
     if of_tokens:
         auto_class = transformers.AutoModelForTokenClassification
@@ -887,7 +971,8 @@ class Run:
         self.step = 0
         self.bar = None
         self.shown = []  # names of the figures for the closing line
-        self.warned = False
+        self.warned = set()  # what was warned of
+        self.equal_steps = 0  # steps in a row whose rewards were all equal
         self.stopped_by = ""
         self.inputs = {str(path): _digest(path) for path in _input_files(args)}
         self._check_folder()
@@ -923,12 +1008,18 @@ class Run:
 
     def _check_resume(self):
         """Stop where flags, or files that are read, are not those the run began with."""
-        with stop_on_error(f"--resume: no run in {self.folder}"):
+        if not (self.folder / "args.json").exists():
+            stop(f"--resume: no run in {self.folder}")
+        with stop_on_error(f"--resume: cannot read {self.folder / 'args.json'}"):
             old = json.loads((self.folder / "args.json").read_text())
         for name, value in vars(self.args).items():
             may_change = name in ("resume", "overwrite", "num_steps")
             if old.get(name) != value and not may_change:
-                stop(f"--resume: {self.folder} began with {name} {old.get(name)}, not {value}")
+                flag = f"--{name.replace('_', '-')}"
+                stop(
+                    f"--resume: {self.folder} began with {flag} {old.get(name)}, not {value} "
+                    "(only --num-steps may change)"
+                )
         if old.get("script", self._script()) != self._script():
             stop(f"--resume: {self.folder} was begun by {old['script']}.py")
         for path, digest in old.get("inputs", {}).items():
@@ -1015,14 +1106,20 @@ class Run:
 
     def describe(self, model, num_rows, num_held_out, work):
         """Print what is about to run. work: what a step consists of, in words."""
+        args = self.args
         parameters = sum(p.numel() for p in model.parameters())
         size = f"{parameters / 1e6:.1f} million parameters"
+        if getattr(args, "from_scratch", False):
+            size += ", drawn at random (--from-scratch)"
         dtype = "bfloat16 autocast" if model.autocast_dtype else "float32"
-        print(f"{self.args.model}: {size}, on {model.device} in {dtype}")
-        print(
-            f"{num_rows} training rows, {num_held_out} held out; {self.num_steps} steps of {work}"
-        )
-        if self.step:
+        print(f"{_near(args.model)}: {size}, on {model.device} in {dtype}")
+        held_out = f"{num_held_out} held out"
+        if num_held_out and args.eval_dataset:
+            held_out += f" ({_near(args.eval_dataset)})"
+        print(f"{num_rows} training rows, {held_out}; {self.num_steps} steps of {work}")
+        if self.step >= self.num_steps:
+            print(f"all {self.num_steps} steps of {self.folder} are done")
+        elif self.step:
             print(f"goes on after step {self.step} of {self.folder}")
 
     def steps(self):
@@ -1055,6 +1152,11 @@ class Run:
         def note(number, frame):
             self.stopped_by = signal.Signals(number).name
             signal.signal(number, before[number])
+            print(
+                f"{self.stopped_by}: this step ends and a checkpoint is saved; a second one stops "
+                "at once, without",
+                file=sys.stderr,
+            )
 
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -1089,14 +1191,30 @@ class Run:
             self.bar.set_postfix(figures)
         elif figures and self.step % max(1, self.num_steps // 20) == 0:
             self._print_figures(figures)
-        if metrics.get("ended", 1) < 0.8 and not self.warned:
-            self.warned = True
+        self._warn(metrics)
+
+    def _warn(self, metrics):
+        """Say once what a person should look at: cut completions, rewards that are all equal."""
+        if metrics.get("ended", 1) < 0.8:
             share = f"{1 - float(metrics['ended']):.0%}"
-            tqdm.write(
-                f"warning: {share} of the completions ran into --max-new-tokens "
+            self._warn_once(
+                f"{share} of the completions ran into --max-new-tokens "
                 f"{self.args.max_new_tokens}; raise it, or the model never learns to end",
-                file=sys.stderr,
+                "ended",
             )
+        if "reward_std" in metrics:
+            self.equal_steps = self.equal_steps + 1 if metrics["reward_std"] == 0 else 0
+        if self.equal_steps == 3:
+            self._warn_once(
+                "all rewards of the last three steps were equal, and nothing can be learned from "
+                "that; see docs/metrics.md",
+                "reward_std",
+            )
+
+    def _warn_once(self, text, about):
+        if about not in self.warned:
+            self.warned.add(about)
+            tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def _print_figures(self, figures):
         """A line above the progress bar."""
@@ -1182,7 +1300,10 @@ class Run:
         if (self.folder / "samples.jsonl").exists():
             print(f"completions to read: {self.folder / 'samples.jsonl'}")
         if (self.folder / "final" / "generation_config.json").exists():
-            print(f"to talk to the model: python {ROOT / 'plumbing.py'} {self.folder / 'final'}")
+            program = _near(ROOT / "plumbing.py")
+            print(f"to talk to the model: python {program} {self.folder / 'final'}")
+        elif (self.folder / "final").exists():
+            print(f"to train on it: python grpo.py --reward-model {self.folder / 'final'}")
 
     def _save_model(self, name, model, tokenizer):
         def write(new):
@@ -1296,6 +1417,13 @@ def _flush(path):
             os.fsync(opened.fileno())
 
 
+def _near(path):
+    """A path below the working folder, without that folder."""
+    text = str(path)
+    here = str(Path.cwd()) + os.sep
+    return text.removeprefix(here)
+
+
 def _short(text, length=160):
     """A text, or the last message of a chat, on one line of at most `length` characters."""
     if isinstance(text, list):
@@ -1365,7 +1493,7 @@ def talk(path):
     while True:
         try:
             prompt = input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
         if not prompt:
             return
@@ -1378,8 +1506,8 @@ def talk(path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("plumbing.py: give the folder of a model: python plumbing.py runs/grpo/final")
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("to talk to a model, give its folder: python plumbing.py runs/grpo/final")
     try:
         talk(sys.argv[1])
     except ValueError as error:

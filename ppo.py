@@ -554,7 +554,7 @@ def main(args: Args):
             metrics["beta"] = controller.beta
         if has_gold:
             metrics["gold_reward"] = torch.tensor(verifier(prompts, texts, row_of_each)).mean()
-        run.log(metrics, "reward", "kl", "completion_length")
+        run.log(metrics, "reward", "gold_reward", "kl", "completion_length")
         run.samples(prompts[::G], texts[::G], scores[::G].tolist())
         if not is_warmup:
             controller.update(kl.sum(1).mean().item(), R)

@@ -344,7 +344,7 @@ def main(args: Args):
             metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask)}
         if has_gold:
             metrics["gold_reward"] = torch.tensor(verifier(prompts, texts, row_of_each)).mean()
-        run.log(metrics, "reward", "kl", "completion_length")
+        run.log(metrics, "reward", "gold_reward", "kl", "completion_length")
         run.samples(prompts[::G], texts[::G], scores[::G].tolist())
         if step % args.eval_every == 0 or step == args.num_steps:
             report()

@@ -401,6 +401,9 @@ def main(args: Args):
     policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
     others = load_candidates(args, tokenizer, policy.context)
+    known = {str(row["prompt"]) for row in rows}
+    if set(others) - known:
+        print(f"{args.completions}: {len(set(others) - known)} of its prompts are not in --dataset")
     if not args.sample:  # only prompts that others have answered
         rows = [row for row in rows if str(row["prompt"]) in others]
         if not rows:

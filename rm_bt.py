@@ -418,8 +418,8 @@ def main(args: Args):
     scores, _, _, _ = score_all(model, tokenizer, examples, max_length, args)
     model.config.reward_bias = -scores.mean().item()
     print(
-        f"reward_bias {model.config.reward_bias:.4g}: the mean reward of the training completions "
-        "is now 0"
+        f"reward_bias {model.config.reward_bias:.4g} is added to every score, so that their mean "
+        "over the training completions is 0"
     )
     run.finish(tokenizer, {"final": model})
 
