@@ -19,7 +19,7 @@ import torch
 import transformers
 from torch.nn.functional import pad as pad_tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 # --- Batches --------------------------------------------------------------------------------------
 
@@ -103,10 +103,11 @@ def pad(rows, side):
     """
     ids = [torch.tensor(row) for row in rows]
     masks = [torch.ones_like(row, dtype=torch.bool) for row in ids]
-    return (
-        pad_sequence(ids, batch_first=True, padding_side=side),
-        pad_sequence(masks, batch_first=True, padding_side=side),
-    )
+    padded = pad_sequence(ids, batch_first=True, padding_side=side)
+    mask = pad_sequence(masks, batch_first=True, padding_side=side)
+    if side == "left":  # with each row's last id: that of id 0 may be an embedding of zeros, whose
+        padded = torch.where(mask, padded, padded[:, -1:])  # norm has no gradient (Gemma 3n)
+    return padded, mask
 
 
 # --- From text to tokens --------------------------------------------------------------------------
@@ -227,14 +228,22 @@ def _call(model, net, ids, mask, cache=None, keep=0):
     options = {}
     if net is model:
         options["logits_to_keep"] = keep
+    attention_mask = mask.long()
+    if cache is not None and ids.shape[1] == 1:
+        kinds = {type(layer).__name__ for layer in cache.layers}
+        if kinds == {
+            "LinearAttentionLayer"
+        }:  # without attention it would mask the new token's state
+            attention_mask = None
     # Releases of transformers 5 differ in the name of this argument
     known = inspect.signature(net.forward).parameters
-    cache_name = "cache" if "cache" in known else "past_key_values"
+    names = [name for name in ("cache", "cache_params") if name in known]
+    cache_name = names[0] if names else "past_key_values"
     options[cache_name] = cache
     with _autocast(model):
         return net(
             input_ids=ids,
-            attention_mask=mask.long(),
+            attention_mask=attention_mask,
             position_ids=positions,
             use_cache=cache is not None,
             **options,
@@ -247,6 +256,18 @@ WORTH_SHARING = 200  # sharing needs a second pass, which costs about as much as
 PASS_TOKENS = 2048  # prompt tokens in one pass: more would take memory and not be faster
 
 
+def _keeps_keys_only(model):
+    """Whether the model's memory of a prompt is the keys and values of its tokens.
+
+    Recurrent and convolution states (Mamba, Qwen3.5, LFM2 ...) are those of the last token: they
+    cannot be joined from several passes, and are not extended by several tokens at once.
+    """
+    layers = transformers.DynamicCache(config=model.config).layers
+    plain = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # Dummy: shares another's
+    all_known = len(layers) >= model.config.get_text_config().num_hidden_layers
+    return all_known and {type(layer).__name__ for layer in layers} <= plain
+
+
 def _prompt_cache(model, net, batch, num_tokens):
     """Compute the first `num_tokens` columns of the prompts once.
 
@@ -257,19 +278,16 @@ def _prompt_cache(model, net, batch, num_tokens):
     lengths = mask.sum(1).clamp(min=1).tolist()
 
     # 1. Plan: prompts of like length share a pass. In one pass of all, most would be padding.
-    passes = _plan_passes(lengths)
+    if _keeps_keys_only(model):
+        passes = _plan_passes(lengths)
+    else:
+        passes = [_longest_first(lengths)]
 
     # 2. Compute: one forward for each pass, without the columns that are padding in all of it
     caches = []
     outputs = []
     for prompts in passes:
         cache = transformers.DynamicCache(config=model.config)
-        for layer in cache.layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-                raise ValueError(
-                    "This model keeps states that cannot be repeated for the completions of a "
-                    "prompt."
-                )
         # The first pass, of the longest prompts, has all columns: the others are padded to it
         start = num_tokens - lengths[prompts[0]] if caches else 0
         rows = torch.tensor(prompts, device=ids.device)
@@ -280,7 +298,7 @@ def _prompt_cache(model, net, batch, num_tokens):
     # 3. Join: the keys and values of all passes, padded on the left to the longest
     joined = caches[0]
     for i, layer in enumerate(joined.layers):
-        if len(caches) > 1 and layer.is_initialized:
+        if len(caches) > 1 and layer.is_initialized and layer.keys is not None:
             layer.keys = _join([cache.layers[i].keys for cache in caches])
             layer.values = _join([cache.layers[i].values for cache in caches])
 
@@ -291,10 +309,14 @@ def _prompt_cache(model, net, batch, num_tokens):
     return joined, torch.cat(outputs)[place]
 
 
+def _longest_first(lengths):
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+
 def _plan_passes(lengths):
     """Lengths of prompts -> lists of prompts, the longest first, that share a forward pass."""
     passes = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in _longest_first(lengths):
         if passes and (len(passes[-1]) + 1) * lengths[passes[-1][0]] <= PASS_TOKENS:
             passes[-1].append(i)
         else:
@@ -325,7 +347,8 @@ def _outputs(model, net, batch, num_tokens, share_prompts):
     # Recomputing activations in the backward pass allows no cache
     recompute = torch.is_grad_enabled() and getattr(model, "recompute", False)
     cache = None
-    if share_prompts and saved_tokens > WORTH_SHARING and not recompute:
+    worth_it = share_prompts and saved_tokens > WORTH_SHARING and not recompute
+    if worth_it and _keeps_keys_only(model):
         cache, _ = _prompt_cache(model, net, batch, before)
         ids = ids[:, before:]
     outputs = _call(model, net, ids, mask, cache, keep=num_tokens + 1)
@@ -495,7 +518,7 @@ def generate(
             if len(keep) == 0 or t + 1 == max_new_tokens:
                 break
             if len(keep) <= 0.75 * len(rows):  # not whenever one ends: each time copies the cache
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
                 rows = rows[keep]
                 token = token[keep]
                 mask = mask[keep]

@@ -30,10 +30,12 @@ from typing import Annotated
 import torch
 import transformers
 import tyro
+from torch.nn.functional import pad as pad_tensor
 from tqdm import tqdm
 
 from common import (
     Batch,
+    _call,
     after_answer,
     completion_scores,
     encode_prompt,
@@ -467,8 +469,24 @@ def set_other_pad(tokenizer):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(min(others))
 
 
+def check_vocabulary(tokenizer, model, rows):
+    """Stop at a row with a token that the model has no embedding for: it would fail later."""
+    size = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= size:
+        return
+    if max(encode_prompt(tokenizer, "x")) >= size or end_of_turn(tokenizer) >= size:
+        stop(f"the tokenizer's turns have tokens beyond the model's {size} embeddings")
+    unknown = [token for token, number in tokenizer.get_vocab().items() if number >= size]
+    for row in rows:
+        text = json.dumps(row, ensure_ascii=False, default=str)
+        for token in unknown:
+            if token in text:
+                stop(f"{token!r} is beyond the model's {size} embeddings: {text[:80]}")
+
+
 def check_prompts(tokenizer, model, rows, max_new_tokens):
     """Stop where a prompt is empty, or with its completion does not fit in the model's context."""
+    check_vocabulary(tokenizer, model, rows)
     for row in rows:
         length = len(encode_prompt(tokenizer, row["prompt"]))
         if not 0 < length <= model.context - max_new_tokens:
@@ -492,11 +510,11 @@ def load_model(
     """
     with _stop_without("model", path):
         config = transformers.AutoConfig.from_pretrained(path)
-    made_for = str(getattr(config, "architectures", None))
     is_policy = auto_class is transformers.AutoModelForCausalLM
-    if is_policy and re.search("For(Sequence|Token)Classification", made_for):
+    if is_policy and "Classification" in str(config.architectures):
         stop(f"{path}: is a reward model: it gives scores, and writes no text")
     with stop_on_error(f"{path}: no model there that {auto_class.__name__} loads"):
+        has_generic_head = not is_policy and _register_head(auto_class, config)
         config.num_labels = new_head or config.num_labels
         _switch_off_dropout(config)
         if from_scratch:
@@ -513,13 +531,67 @@ def load_model(
     lost = sorted(set(missing) - head)
     if lost:  # transformers only warns, and makes up random weights
         stop(f"{path}: no weights for {', '.join(lost[:3])} in it")
+    model = model.to(device).eval()
+    if is_policy:
+        _probe(model, path)
+    model.has_generic_head = has_generic_head
     model.has_new_head = any(key.endswith("weight") for key in head)
     model.autocast_dtype = torch.bfloat16 if _takes_bfloat16(dtype, device) else None
     model.recompute = checkpointing
     model.context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(device).eval()
+    return model
+
+
+def _register_head(auto_class, config):
+    """Give a family without a class with a head transformers' own generic one -> was it needed?"""
+    if type(config) in auto_class._model_mapping.keys():
+        return hasattr(auto_class._model_mapping[type(config)], "is_generic")
+    backbone = transformers.AutoModel._model_mapping[type(config)]
+    base = backbone.__bases__[0]  # with the loading and the initial weights of the family
+    kind = auto_class.__name__.removeprefix("AutoModel")
+    generic = getattr(transformers.modeling_layers, f"Generic{kind}")
+    attributes = {
+        "config_class": type(config),
+        "base_model_prefix": base.base_model_prefix,
+        "is_generic": True,
+    }
+    name = backbone.__name__.removesuffix("Model") + kind
+    auto_class.register(type(config), type(name, (generic, base), attributes), exist_ok=True)
+    return True
+
+
+@torch.no_grad()
+def _probe(model, path):
+    """Stop at a model whose logits would be wrong here: three tiny forwards tell.
+
+    The logits of a token must not depend on padding before the text, on whether earlier tokens come
+    from the cache, or on later tokens.
+    """
+    embeddings = model.get_input_embeddings().weight
+    ids = torch.arange(1, 9, device=embeddings.device)[None] % len(embeddings)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    other_end = ids.clone()
+    other_end[0, -1] = ids[0, 0]
+    with stop_on_error(f"{path}: a model of this kind cannot be used"):
+        alone = _call(model, model, ids, mask)[0]
+        changed = _call(model, model, other_end, mask)[0]
+        ids = pad_tensor(ids, (5, 0), value=int(ids[0, 0]))
+        mask = pad_tensor(mask, (5, 0))
+        padded = _call(model, model, ids, mask)[0, 5:]
+        cache = transformers.DynamicCache(config=model.config)
+        _call(model, model, ids[:, :-1], mask[:, :-1], cache)
+        cached = _call(model, model, ids[:, -1:], mask, cache)[0]
+    largest = 0.01 * alone.std()
+    reasons = {
+        "see later tokens": alone[:-1] - changed[:-1],
+        "depend on the padding": alone - padded,
+        "depend on the cache": alone[-1:] - cached,
+    }
+    for reason, difference in reasons.items():
+        if difference.abs().max() > largest:
+            stop(f"{path}: {type(model).__name__} cannot be trained here: its logits {reason}")
 
 
 def _switch_off_dropout(config):
@@ -771,10 +843,9 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
     if "ForCausalLM" in str(config.architectures):
         stop(f"--reward-model {path}: is a language model; rm_bt.py makes a reward model of one")
     of_tokens = "ForTokenClassification" in str(config.architectures)
+    auto_class = transformers.AutoModelForSequenceClassification
     if of_tokens:
         auto_class = transformers.AutoModelForTokenClassification
-    else:
-        auto_class = transformers.AutoModelForSequenceClassification
     model = load_model(auto_class, path, device, dtype)
     tokenizer = load_tokenizer(path)
     separator = getattr(config, "step_separator", "")
@@ -784,10 +855,9 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
     if not of_tokens and config.num_labels != 1:
         stop(f"--reward-model {path}: has {config.num_labels} labels, not 1")
     if not how or (by_step and not separator):
-        made_with = "prm.py --supervision process" if by_step else "prm.py"
         stop(
             f"--reward-model {path}: its config.json does not say how to read the steps: make it "
-            f"with {made_with}"
+            "with prm.py, for steps with --supervision process"
         )
 
     @torch.no_grad()
@@ -948,6 +1018,11 @@ IMPORTANT = [
 ]  # fmt: skip
 
 
+GENERIC_HEAD = """Transformers has no class with a head for this family: outside these scripts
+AutoModelForSequenceClassification and AutoModelForTokenClassification do not load this folder.
+`plumbing.load_model` does; it puts transformers.modeling_layers.GenericForSequenceClassification
+(or GenericForTokenClassification) on the family's backbone.
+"""
 LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow from step to step
 RUN_FILES = (
     *LOGS, "args.json", "curves.png", "reward_histogram.png", "best_of_n.png", "checkpoint",
@@ -1309,6 +1384,8 @@ class Run:
         def write(new):
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
+            if getattr(model, "has_generic_head", False):
+                (new / "README.md").write_text(GENERIC_HEAD)
 
         self._replace(name, write)
 
@@ -1391,7 +1468,7 @@ def _locked(folder):
         return None
     file = open(folder / "lock", "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         stop(f"another run is writing to {folder}")
     return file

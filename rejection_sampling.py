@@ -227,6 +227,20 @@ def load_candidates(args, tokenizer, context):
     return candidates
 
 
+def rows_to_answer(rows, candidates, args):
+    """The rows whose prompts are sampled for; without --sample those that have candidates."""
+    known = {str(row["prompt"]) for row in rows}
+    unused = set(candidates) - known
+    if unused:
+        print(f"{args.completions}: {len(unused)} of its prompts are not in {args.dataset}")
+    if args.sample:
+        return rows
+    rows = [row for row in rows if str(row["prompt"]) in candidates]
+    if not rows:
+        stop(f"{args.completions}: none of its prompts is in {args.dataset}")
+    return rows
+
+
 def whole_chunks(path, num_rows, size):
     """Groups in a file of candidates, as far as it has whole chunks of `size` prompts.
 
@@ -401,13 +415,7 @@ def main(args: Args):
     policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
     others = load_candidates(args, tokenizer, policy.context)
-    known = {str(row["prompt"]) for row in rows}
-    if set(others) - known:
-        print(f"{args.completions}: {len(set(others) - known)} of its prompts are not in --dataset")
-    if not args.sample:  # only prompts that others have answered
-        rows = [row for row in rows if str(row["prompt"]) in others]
-        if not rows:
-            stop(f"{args.completions}: none of its prompts is in {args.dataset}")
+    rows = rows_to_answer(rows, others, args)
     M = min(args.num_prompts, len(rows))
     K = args.top_k if args.top_k and args.select.endswith("overall") else M
     steps_per_round = math.ceil(K * args.num_epochs / args.batch_size) if args.train else 0
