@@ -438,20 +438,22 @@ def _stop_without(kind, path):
     """Say what is missing in a folder, or on the hub, where a model or a tokenizer is loaded."""
     if os.path.exists(Path(path) / "final" / "config.json"):
         stop(f"{path}: no {kind} in it; did you mean {Path(path) / 'final'}?")
-    if not os.path.isdir(path):
-        try:
-            yield
-        except OSError:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            stop(f"{path}: needs code of its own, and these scripts run none (trust_remote_code)")
+        if not os.path.isdir(path):
             stop(f"{path}: no such folder, and no such {kind} on the hub")
-    else:
-        with stop_on_error(f"{path}: no {kind} in it that can be loaded"):
-            yield
+        stop(f"{path}: no {kind} in it that can be loaded ({type(error).__name__}: {error})")
 
 
 def load_tokenizer(path):
     """Tokenizer of a model folder or hub name. One without an EOS is refused."""
     with _stop_without("tokenizer", path):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         stop(f"{path}: its tokenizer has no EOS, so no completion could end; set its eos_token")
     return tokenizer
@@ -509,7 +511,7 @@ def load_model(
     model.has_new_head says whether it was made.
     """
     with _stop_without("model", path):
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     is_policy = auto_class is transformers.AutoModelForCausalLM
     if is_policy and "Classification" in str(config.architectures):
         stop(f"{path}: is a reward model: it gives scores, and writes no text")
@@ -839,7 +841,7 @@ def _check_reward(value, text, by_step):
 def _model_reward(path, device, dtype, micro_batch_size, by_step):
     """Reward function of a saved reward model: of the last token, of steps, or of outcomes."""
     with _stop_without("model", path):
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     if "ForCausalLM" in str(config.architectures):
         stop(f"--reward-model {path}: is a language model; rm_bt.py makes a reward model of one")
     of_tokens = "ForTokenClassification" in str(config.architectures)

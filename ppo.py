@@ -310,7 +310,7 @@ def load_critic(args, tokenizer, device):
         stop(f"{path} has another vocabulary than the policy: give a --critic-model that has it")
     auto_class = AutoModelForSequenceClassification
     with stop_on_error(f"{path}: no model there"):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if "ForTokenClassification" in str(config.architectures):
         auto_class = AutoModelForTokenClassification  # an outcome reward model; its head has a bias
     recompute = args.gradient_checkpointing

@@ -698,7 +698,9 @@ def test_pad_by_hand():
     ids, mask = common.pad(rows, "left")
     assert ids[:, -1].tolist() == [0, 0] and ids[0].tolist() == [0, 4, 0]
     assert mask.tolist() == [[True] * 3, [False, False, True]]
+    assert ids[1].tolist() == [0, 0, 0]
     assert ids.dtype == torch.long and mask.dtype == torch.bool
+    assert common.pad([[3, 4, 5], [6], [7, 8]], "left")[0][1:].tolist() == [[6] * 3, [8, 7, 8]]
     ids, mask = common.pad([[0], [3, 4]], "right")
     assert ids[1].tolist() == [3, 4] and ids[0, 0] == 0
     assert mask.tolist() == [[True, False], [True, True]]
@@ -713,7 +715,7 @@ def test_rows_are_cut_to_the_longest_of_them():
     assert part.prompt_of.tolist() == [0, 1, 1]
     assert part.prompt_mask.sum(1).tolist() == [2, 4] and part.prompt_mask[:, -1].all()
     assert part.completion_mask.sum(1).tolist() == [1, 2, 3]
-    assert (part.prompt_ids == 7).equal(part.prompt_mask)
+    assert (part.prompt_ids == 7).all()  # padded with each row's last id
     assert (part.completion_ids == 5).equal(part.completion_mask)
 
 
