@@ -341,7 +341,10 @@ def load_splits(args, read):
     """
     rows = read(args.dataset)
     if args.eval_dataset:
-        return rows, read(args.eval_dataset)
+        held_out = read(args.eval_dataset)
+        if held_out == rows:
+            print(f"{args.eval_dataset}: the rows of --dataset: evaluation says nothing of others")
+        return rows, held_out
     rows, held_out = hold_out(rows, args.eval_size, args.seed)
     if args.eval_size and not held_out:
         print(f"{args.dataset}: under ten prompts, so none is held out and nothing evaluated")
@@ -771,8 +774,10 @@ def load_reward(
     def score(prompts, completions, rows):
         # Copies: nothing that a reward does to its lists may reach the training
         given = copy.deepcopy((prompts, completions, rows))
+        has_grad = torch.is_grad_enabled()
         with _no_exit(name), stop_on_error(f"{name} failed"):
             returned = function(*given)
+            torch.set_grad_enabled(has_grad)  # a judge may have switched it off for good
             if returned is None or isinstance(returned, dict | set | str):
                 kind = type(returned).__name__
                 raise ValueError(f"it returned a value of type {kind}, not a list of numbers")
