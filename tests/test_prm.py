@@ -167,6 +167,20 @@ def test_labels_cut_off_drop_the_row_and_other_steps_are_cut(tiny, tmp_path, cap
     assert "of 4 rows, dropped 2" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("labels", [[1], [1, -1]])
+def test_a_row_is_cut_off_where_its_last_label_does_not_fit(labels):
+    """At the last token of the last labelled step exactly, and one token before it."""
+    tokenizer = plumbing.load_tokenizer(ROOT / "toy/model")
+    examples = [{"prompt": "1", "texts": ["ab", "cde"], "labels": labels}]
+    start = len(plain.toy_ids(tokenizer, "1"))
+    last = [2, 6][len(labels) - 1]  # of "ab\ncde\n", with each letter a token
+    kept = prm.encode_examples(examples, tokenizer, start + last + 1, "\n", "rows")
+    assert len(kept) == 1 and len(kept[0]["ids"]) == last + 1
+    assert kept[0]["ends"] == [2, 6][: len(labels)] and kept[0]["labels"] == labels
+    with pytest.raises(ValueError, match="no row fits"):
+        prm.encode_examples(examples, tokenizer, start + last, "\n", "rows")
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 
