@@ -972,11 +972,18 @@ def test_checkpointing_computes_layers_twice_and_shares_no_prompts(batch, tmp_pa
     assert passes == [False, False]  # prompts, then completions
 
 
-def test_states_that_cannot_be_repeated_are_refused(batch):
-    model = make_model("llama")
-    model.config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(ValueError, match="cannot be repeated"):
-        common.completion_logps(model, batch)
+@pytest.mark.parametrize("types", [["linear_attention", "full_attention"], ["full_attention"]])
+def test_states_that_cannot_be_repeated_are_not_shared(batch, types):
+    """A recurrent layer, or one of which the cache says nothing: one pass of whole rows."""
+    model, rows = make_model("llama"), []
+    want = common.completion_logps(model, batch)
+    hook = lambda _, inputs: rows.append(len(inputs[0]))  # noqa: E731
+    model.model.embed_tokens.register_forward_pre_hook(hook)
+    common.completion_logps(model, batch)
+    model.config.layer_types = types
+    got = common.completion_logps(model, batch)
+    assert rows[0] < 6 and rows[1:] == [6, 6]  # prompts and completions; then rows alone
+    assert torch.allclose(got, want, atol=1e-4)
 
 
 # --- Generation by hand ---------------------------------------------------------------------------

@@ -542,7 +542,9 @@ def test_a_prompt_has_to_fit_with_its_completion():
     check = plumbing.check_prompts
     check(tokenizer, model, [{"prompt": "abcd"}, {"prompt": "a"}], 6)
     text = message(check, tokenizer, model, [{"prompt": "a"}, {"prompt": "abcd"}], 7)
-    assert "a prompt of 4 tokens with --max-new-tokens 7" in text and "10 (at most 6): 'abcd'" in text
+    assert (
+        "a prompt of 4 tokens with --max-new-tokens 7" in text and "10 (at most 6): 'abcd'" in text
+    )
     assert "a prompt of 0 tokens" in message(check, tokenizer, model, [{"prompt": ""}], 6)
     model.context = math.inf
     check(tokenizer, model, [{"prompt": "a" * 999}], 999)

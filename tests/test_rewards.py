@@ -548,7 +548,9 @@ def test_reward_models_that_are_refused(name, tmp_path):
 
 def test_a_language_model_is_no_reward_model_and_the_other_way_round(tmp_path, tiny):
     text = message(plumbing.load_reward, "verifier", None, tiny, CPU)
-    assert text == f"--reward-model {tiny}: is a language model; rm_bt.py makes a reward model of one"
+    assert (
+        text == f"--reward-model {tiny}: is a language model; rm_bt.py makes a reward model of one"
+    )
     for auto_class in (SEQUENCE, TOKEN):
         save_model(tmp_path, auto_class, make_tokenizer(), 1, pad_token_id=0)
         text = message(plumbing.load_model, AutoModelForCausalLM, str(tmp_path), CPU)
