@@ -708,7 +708,7 @@ def _is_in_word(text, start):
 def _goes_on(text, match):
     """Whether the number is part of something longer: a list, a time, a power, a version."""
     before = re.search(r"\d[,.:/^]$|\)\^$", text[: match.start()])
-    behind = re.match(r"[,.:/]\d|\^", text[match.end() :])
+    behind = re.match(r"[,.:/]\d|\^|[eE][-+]?\d", text[match.end() :])
     return bool(before or behind)
 
 

@@ -525,15 +525,15 @@ def test_a_reward_model_is_taken_before_a_reward(tmp_path):
     assert "not finite" in message(score, ["q"], ["yes"], [{}])
 
 
-STEPS = (
+UNSAID = (
     "its config.json does not say how to read the steps: make it with prm.py, for steps with "
     "--supervision process"
 )
 REFUSED = {
     "two labels": (SEQUENCE, 2, {}, False, "has 2 labels, not 1"),
-    "steps of one without": (SEQUENCE, 1, {}, True, STEPS),
-    "tokens unsaid": (TOKEN, 2, {}, False, STEPS),
-    "no separator": (TOKEN, 1, {"solution_score": "last"}, True, STEPS),
+    "steps of one without": (SEQUENCE, 1, {}, True, UNSAID),
+    "tokens unsaid": (TOKEN, 2, {}, False, UNSAID),
+    "no separator": (TOKEN, 1, {"solution_score": "last"}, True, UNSAID),
 }
 
 
