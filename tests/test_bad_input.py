@@ -242,7 +242,7 @@ WRONG_KINDS = {
     "steps": ["one\ntwo", 3],
     "labels": ["+", 1],
     "text": [5, ["a"]],
-    "ended": ["no", [True], {"a": 1}],
+    "ended": ["no", {"a": 1}],
 }
 
 
@@ -256,7 +256,7 @@ def test_a_column_that_all_read_alike_has_one_kind(tmp_path, column):
     chat = [{"role": "user", "content": "x"}]
     good = {"messages": chat, "response": "a", "chosen": chat, "rejected": "", "completions": [1]}
     good |= {"ranks": [], "steps": ["a"], "labels": [1], "text": "a", "ended": 1, "mine": {"a": 1}}
-    path = write_rows(tmp_path / "good.jsonl", good, {"ended": False}, {"prompt": chat})
+    path = write_rows(tmp_path / "good.jsonl", good, {"ended": False}, {"ended": [True]})
     assert plumbing.load_rows(path)[0] == good
 
 

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 import common
+import plumbing
 import ppo
 
 
@@ -1011,17 +1012,16 @@ def test_evaluation_is_greedy_on_the_held_out_rows(run_tiny, length):
 
 
 def last_number(text):
-    found = re.findall(r"-?\d+", text)
-    return found[-1] if found else None
+    return plumbing.last_number(text)  # how it is read: test_numbers.py
 
 
 def test_gold_reward_beside_a_reward_that_says_the_opposite(run_tiny, tmp_path):
     """It is the share of right answers, each by its own row, whatever trains; cut off or not."""
     (tmp_path / "wrong.py").write_text(
-        "import re\n"
+        "from plumbing import last_number\n"
         "def f(prompts, completions, rows):\n"
-        "    last = [(re.findall(r'-?\\d+', text) or [''])[-1] for text in completions]\n"
-        "    return [float(x != row['answer']) for x, row in zip(last, rows)]\n"
+        "    last = [last_number(text) for text in completions]\n"
+        "    return [float(x != int(row['answer'])) for x, row in zip(last, rows)]\n"
     )
     rows = [{"prompt": f"{i}+0", "answer": str(i)} for i in range(10)]
     changes = dict(num_prompts=10, num_generations=12, max_new_tokens=4, num_steps=1)
@@ -1034,7 +1034,7 @@ def test_gold_reward_beside_a_reward_that_says_the_opposite(run_tiny, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(seen.args.model)
     for prompt, completion in joined(rows for rows, _ in sampled(seen)):
         texts = tokenizer.batch_decode([prompt, completion], skip_special_tokens=True)
-        right.append(float(last_number(texts[1]) == re.findall(r"\d+", texts[0])[0]))
+        right.append(float(last_number(texts[1]) == int(re.findall(r"\d+", texts[0])[0])))
     share = sum(right) / 120
     assert len(right) == 120 and 0.02 < share < 0.4
     assert seen.steps[0]["gold_reward"] == pytest.approx(share, rel=1e-5)

@@ -318,7 +318,7 @@ def test_bad_input_is_one_line(tmp_path):
 
 VERIFIED = [
     ("1+1=2\n2", "2", 1.0), ("2 and 3", "2", 0.0), ("no number", "2", 0.0), ("-4", "-4", 1.0),
-    ("it is 1,234.50", "1234.5", 1.0), ("12", "1,2", 1.0), ("4", "-4", 0.0), ("4.", 4, 1.0),
+    ("it is 1,234.50", "1234.5", 1.0), ("12", "1,200", 0.0), ("1200", "1,200", 1.0), ("4", "-4", 0.0), ("4.", 4, 1.0),
 ]  # fmt: skip
 
 
@@ -581,10 +581,10 @@ def test_metrics_of_a_verified_evaluation(small, tmp_path, tiny):
     rows, right = problems(40, 2), 0
     for row in rows:
         text = greedy(model, tiny, row["prompt"], 12)[0]
-        last = re.search(r"(?:^|[^-.,0-9])(\d+)[^0-9]*$", text)
+        last = plumbing.last_number(text)  # how it is read: test_numbers.py
         row["answer"] = "-99"
-        if last and row["number"] % 2:
-            row["answer"] = last[1]
+        if last is not None and last.denominator == 1 and row["number"] % 2:
+            row["answer"] = str(last)
             right += 1
     path = write(tmp_path / "answered.jsonl", rows)
     seen = small(eval_dataset=path, reward="verifier", eval_size=99, train=False)
@@ -851,7 +851,7 @@ def flag_max_new_tokens(run, base, folder):
 
 def flag_temperature(run, base, folder):
     """Cold samples of a prompt are one text; the greedy answers are as they were."""
-    seen = run(temperature=0.001, train=False)
+    seen = run(temperature=0.01, train=False)
     assert all(len(set(g["completions"])) == 1 for g in groups_of(seen))
     assert seen.evals[0]["eval_reward"] == base.evals[0]["eval_reward"]
     assert any(len(set(g["completions"])) > 1 for g in groups_of(base))
