@@ -426,7 +426,7 @@ def check_output(out):
     """What a run of one step prints: what it is, its figures in order, what came of it."""
     wanted = [
         r".*tiny.*: 0.0 million parameters, on cpu in float32",
-        r"\d+ training rows, \d+ held out \(.*held_out.jsonl\); 1 steps of \d+ prompts x \d+ completions",
+        r"\d+ training rows, \d+ held out \(.*\.jsonl\); 1 steps of \d+ prompts x \d+ completions",
         r"step 0/1  eval_reward \S+",
         r"step 1/1  reward \S+  gold_reward \S+  kl \S+  completion_length \S+",
         r"step 1/1  eval_reward \S+",

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import re
 import subprocess
 import sys
 import time
@@ -376,7 +375,8 @@ def test_no_difference_of_reward_is_said(tmp_path):
 
 VERIFIED = [
     ("1+1=2\n2", "2", 1.0), ("2 and 3", "2", 0.0), ("no number", "2", 0.0), ("-4", "-4", 1.0),
-    ("it is 1,234.50", "1234.5", 1.0), ("12", "1,200", 0.0), ("1200", "1,200", 1.0), ("4", "-4", 0.0), ("4.", 4, 1.0),
+    ("it is 1,234.50", "1234.5", 1.0), ("12", "1,200", 0.0), ("1200", "1,200", 1.0),
+    ("4", "-4", 0.0), ("4.", 4, 1.0),
 ]  # fmt: skip
 
 
@@ -1087,7 +1087,7 @@ def flag_num_pairs(run, base, folder):
 def flag_temperature(run, base, folder):
     """Of sampling: cold completions of a prompt are one text, hot ones another draw; the greedy
     answers are the same."""
-    observe.refused(run, "different reward", temperature=0.01)
+    observe.refused(run, "needs two sampled completions of a prompt", temperature=0.0)
     hot = run(temperature=3.0, iterations=1)
     assert set(hot.arguments("generate", "temperature")) == {3.0}
     assert hot.evals[0]["eval_reward"] == base.evals[0]["eval_reward"]
