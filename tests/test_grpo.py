@@ -215,19 +215,19 @@ def test_verifier(text, answer, right):
 
 
 def test_step_ends():
-    assert grpo.step_ends(list("ab\ncd\nef") + [""], "\n") == [2, 5, 8]
-    assert grpo.step_ends(list("ab\n\ncd\n"), "\n") == [2, 6]
-    assert grpo.step_ends(["a\nb\n", "c", ""], "\n") == [0, 0, 2]
-    assert grpo.step_ends(list("a\n\nb") + [""], "\n\n") == [2, 4]
-    assert grpo.step_ends([""], "\n") == []
+    assert grpo.step_ends(list("ab\ncd\nef") + [""], "\n", "".join) == [2, 5, 8]
+    assert grpo.step_ends(list("ab\n\ncd\n"), "\n", "".join) == [2, 6]
+    assert grpo.step_ends(["a\nb\n", "c", ""], "\n", "".join) == [0, 0, 2]
+    assert grpo.step_ends(list("a\n\nb") + [""], "\n\n", "".join) == [2, 4]
+    assert grpo.step_ends([""], "\n", "".join) == []
 
 
 class LettersAtZero:
     """A tokenizer whose id 0, which stands in the padding, is a letter."""
 
-    def batch_decode(self, rows, skip_special_tokens):
+    def decode(self, row, skip_special_tokens):
         assert skip_special_tokens
-        return ["".join("a\n"[token] for token in row) for row in rows]
+        return "".join("a\n"[token] for token in row)
 
 
 def test_padding_is_no_step():
