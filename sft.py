@@ -174,6 +174,8 @@ def load_pairs(rows, tokenizer, max_length, name):
         print(f"{name}: dropped {num_silent} of {len(rows)} rows, without an assistant's answer")
     if rows and not num_pairs:
         stop(f"{name}: no row has a turn of the role assistant that answers another one")
+    if rows and num_pairs == num_empty:
+        stop(f"{name}: an empty completion in every row")
     if rows and not pairs:
         stop(f"{name}: no completion fits in --max-length {max_length}")
     return pairs

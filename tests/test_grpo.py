@@ -867,6 +867,7 @@ FLAGS = {
     "seed": policy_gradient.flag_seed,
     "device": observe.flag_device,
     "dtype": observe.flag_dtype,
+    "show_rows": observe.flag_show_rows,
     "gradient_checkpointing": observe.flag_gradient_checkpointing,
     "share_prompts": observe.flag_share_prompts,
     "reward": policy_gradient.flag_reward,
@@ -914,7 +915,8 @@ def test_defaults():
         grpo,
         dict(
             eval_dataset="", output_dir="runs/grpo", resume=False, overwrite=False, seed=0,
-            device="auto", dtype="auto", gradient_checkpointing=False, share_prompts=True,
+            device="auto", dtype="auto",
+            show_rows=0, gradient_checkpointing=False, share_prompts=True,
             reward="verifier", reward_model="", missing_eos_penalty=None, supervision="outcome",
             step_separator=r"\n", num_steps=200, num_prompts=16, num_generations=8,
             max_new_tokens=256, temperature=1.0, num_epochs=1, num_minibatches=1,
