@@ -12,6 +12,7 @@ the vocabulary.
 """
 
 import contextlib
+import functools
 import inspect
 from dataclasses import dataclass
 
@@ -113,74 +114,269 @@ def pad(rows, side):
 # --- From text to tokens --------------------------------------------------------------------------
 
 
-def encode_prompt(tokenizer, prompt):
-    """Text or list of chat messages -> list of token ids, up to where the completion begins.
+@dataclass
+class Turns:
+    """What a chat template writes around texts, and the id that ends an answer."""
 
-    With a chat template, a text is one user message. Without one, a text is taken as it is.
-    Raises ValueError where the template refuses the messages, or where there is no template.
+    before: str  # before the text of a first user
+    opening: str  # between the user's text and the answer: where an answer begins
+    ending: str  # behind an answer: the end of turn and perhaps a newline
+    ending_ids: list
+    end: int  # the special token of the ending, or its only token; else the EOS
+    wants_parts: bool  # a content has to be a list of parts: a text would vanish
+
+
+def turns_of(tokenizer):
+    """Turns of the tokenizer's chat template; without a template all texts are empty."""
+    key = (str(tokenizer.chat_template), tokenizer.bos_token, tokenizer.eos_token)
+    return _turns_of(tokenizer, *key, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=16)
+def _turns_of(tokenizer, *_):
+    if not tokenizer.chat_template:
+        return Turns("", "", "", [], tokenizer.eos_token_id, False)
+    user = [{"role": "user", "content": "@@"}]
+    wants_parts = False
+    try:
+        wants_parts = "@@" not in tokenizer.apply_chat_template(user, tokenize=False)
+    except Exception:  # such as: a text has no key `type`
+        wants_parts = True
+    before, _, opening = _render(tokenizer, user, None, wants_parts).rpartition("@@")
+    answer = {"role": "assistant", "content": "@@"}
+    question = [{"role": "user", "content": "?"}]
+    ending = _render(tokenizer, question, answer, wants_parts).rpartition("@@")[2]
+    ids = tokenizer(ending, add_special_tokens=False)["input_ids"]
+    special = [token for token in ids if token in tokenizer.added_tokens_decoder]
+    written = [token for token in ids if tokenizer.decode([token]).strip()]
+    end = tokenizer.eos_token_id
+    if special:
+        end = special[0]
+    elif len(written) == 1:
+        end = written[0]
+    return Turns(before, opening, ending, ids, end, wants_parts)
+
+
+def content_text(content):
+    """Content of a message: a text, a list of text parts, or None -> text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise ValueError(f"The content {str(content)[:80]!r} is no text.")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise ValueError(f"The content has a part that is no text: {str(part)[:80]}.")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _render(tokenizer, prompt, answer, wants_parts):
+    """The template's text of a prompt, up to where an answer begins, or of prompt and answer.
+
+    The first message of a prompt may hold `tools`. Keys without a value are left out, as data sets
+    fill them in where other rows have them.
     """
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"The chat template refuses {str(chat)[:80]} ({reason}).") from error
-        # The template has written the BOS: the tokenizer must not add a second one
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not isinstance(prompt, str):
-        raise ValueError(
-            "The prompts are chat messages, but the tokenizer has no chat template: use plain text."
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    tools = chat[0].get("tools") if chat else None
+    if isinstance(answer, str):
+        answer = {"role": "assistant", "content": answer}
+    if answer is not None:
+        chat = [*chat, answer]
+    messages = []
+    for message in chat:
+        kept = {key: value for key, value in message.items() if value is not None}
+        kept.pop("tools", None)
+        kept["content"] = content_text(message.get("content"))
+        if wants_parts:
+            kept["content"] = [{"type": "text", "text": kept["content"]}]
+        messages.append(kept)
+    begin = answer is None
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=begin, tokenize=False
         )
-    ids = tokenizer(prompt)["input_ids"]
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"The chat template refuses {str(chat)[:80]} ({reason}).") from error
+
+
+def is_rendered(tokenizer, prompt):
+    """Whether a text already went through the template: it holds the turns of user and answer."""
+    turns = turns_of(tokenizer)
+    opening = turns.opening.partition("<think>")[0].strip()
+    if not opening or not isinstance(prompt, str):
+        return False
+    user = turns.before.removeprefix(tokenizer.bos_token or "").strip().rpartition("\n")[2]
+    return user in prompt and opening in prompt
+
+
+def prompt_text(tokenizer, prompt):
+    """Text or list of chat messages -> text, up to where the completion begins."""
+    if not tokenizer.chat_template:
+        if not isinstance(prompt, str):
+            raise ValueError(
+                "The prompts are chat messages, but the tokenizer has no chat template: use plain "
+                "text."
+            )
+        return prompt
+    turns = turns_of(tokenizer)
+    if not is_rendered(tokenizer, prompt):
+        return _render(tokenizer, prompt, None, turns.wants_parts)
+    bos = tokenizer.bos_token or ""
+    if turns.before.startswith(bos):
+        return bos + prompt.removeprefix(bos)
+    return prompt
+
+
+def conversation_text(tokenizer, prompt, answer, ended=True):
+    """A prompt and its answer (a text, or a message) -> text, with the template's ending.
+
+    ended: False where the answer was cut off, and nothing comes behind it.
+    """
+    turns = turns_of(tokenizer)
+    if tokenizer.chat_template and not is_rendered(tokenizer, prompt):
+        text = _render(tokenizer, prompt, answer, turns.wants_parts)
+    else:
+        text = prompt_text(tokenizer, prompt) + _text_of(answer) + turns.ending
+    return text if ended else text.removesuffix(turns.ending)
+
+
+def _text_of(answer):
+    """Text of an answer, which is a text or a message."""
+    return answer if isinstance(answer, str) else content_text(answer.get("content"))
+
+
+def text_ids(tokenizer, text):
+    """Ids of a whole text. The template has written the BOS: a second one must not come."""
+    if tokenizer.chat_template:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text)["input_ids"]
     if ids[-1:] == [tokenizer.eos_token_id]:
         return ids[:-1]  # some tokenizers close every text with the EOS
     return ids
 
 
+def _ids_behind(tokenizer, text):
+    """Ids of a text that goes on from another one.
+
+    SentencePiece puts a space before a text that stands alone: it is tokenised behind a newline.
+    """
+    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not alone or not tokenizer.convert_ids_to_tokens(alone[0]).startswith(("\u2581", "\u0120")):
+        return alone
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    joint = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+    if joint[: len(newline)] == newline:
+        return joint[len(newline) :]
+    return alone
+
+
+def encode_prompt(tokenizer, prompt):
+    """Text or list of chat messages -> list of token ids, up to where the completion begins.
+
+    With a chat template, a text is one user message, if it is not rendered already. Without one, a
+    text is taken as it is. The first message of a list may hold `tools`.
+    Raises ValueError where the template refuses the messages, or where there is no template.
+    """
+    return text_ids(tokenizer, prompt_text(tokenizer, prompt))
+
+
 def after_answer(tokenizer):
     """Ids that the chat template puts after an answer: the end of turn and perhaps a newline."""
-    if not tokenizer.chat_template:
-        return []
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return turns_of(tokenizer).ending_ids
 
 
 def end_of_turn(tokenizer):
-    """Id that closes a completion: the first special token of `after_answer`, else the EOS."""
-    for token in after_answer(tokenizer):
-        if token in tokenizer.added_tokens_decoder:
-            return token
-    return tokenizer.eos_token_id
+    """Id that closes a completion: the first special token of `after_answer`, or its only token
+    that is not blank; else the EOS."""
+    return turns_of(tokenizer).end
+
+
+def _without_end(tokenizer, answer):
+    """An answer (a text or a message) without an end of turn that its text already has."""
+    text = _text_of(answer)
+    for mark in (tokenizer.decode([end_of_turn(tokenizer)]), tokenizer.eos_token):
+        if mark and text.rstrip().endswith(mark):
+            text = text.rstrip().removesuffix(mark)
+    return text if isinstance(answer, str) else answer | {"content": text}
+
+
+def encode_answers(tokenizer, prompt, answers, ended=None):
+    """A prompt and its answers (texts, or messages) -> prompt ids, list of completion ids.
+
+    The template renders the whole conversation, which is tokenised once: a completion is what
+    follows the prompt's ids, through the end of turn. Where the tokens of the two run together, the
+    rest of the text is tokenised apart; where the rendering does not begin with the prompt's, or
+    has lost a part of the answer (a chain of thought), the answer itself is.
+    ended: a bool for each answer, False where the policy was cut off and wrote no end.
+    """
+    turns = turns_of(tokenizer)
+    begin = prompt_text(tokenizer, prompt)
+    prompt_ids = text_ids(tokenizer, begin)
+    rows = []
+    for i, given in enumerate(answers):
+        answer = _without_end(tokenizer, given)
+        has_end = ended is None or bool(ended[i])
+        with_ending = has_end and turns.end in turns.ending_ids
+        whole = conversation_text(tokenizer, prompt, answer, with_ending)
+        rest = whole.removeprefix(begin)
+        if not whole.startswith(begin) or not _holds(rest, _text_of(answer), has_end):
+            row = _ids_behind(tokenizer, _behind_think(begin, _text_of(answer)))
+            with_ending = False
+        else:
+            row = text_ids(tokenizer, whole)
+            if row[: len(prompt_ids)] == prompt_ids:
+                row = row[len(prompt_ids) :]
+            else:
+                row = _ids_behind(tokenizer, rest)
+        if with_ending:  # without the newline that some templates put behind it
+            row = row[: len(row) - row[::-1].index(turns.end)]
+        elif has_end or not row:
+            row = [*row, turns.end]
+        rows.append(row)
+    return prompt_ids, rows
+
+
+def _holds(rest, answer, has_end):
+    """Whether a rendering holds an answer, but for white space; where it was cut off, as it is."""
+    if not has_end:
+        return rest.startswith(answer)
+    return "".join(answer.split()) in "".join(rest.split())
+
+
+def _behind_think(begin, answer):
+    """An answer without its <think> where the prompt has opened that block."""
+    if begin.rstrip().endswith("<think>") and answer.lstrip().startswith("<think>"):
+        return answer.lstrip().removeprefix("<think>").lstrip("\n")
+    return answer
 
 
 def encode(tokenizer, prompts, completions, max_length=None, ended=None):
     """P prompts (texts or chats), and for each of them a list of completion texts -> Batch.
 
-    The two are tokenised apart, so that a prompt has the same tokens as in generation. Each
-    completion gets the end of turn, except where `max_length` tokens (prompt included) cut it, or
-    where `ended` (R booleans) is False: there the policy was cut off and wrote no end.
+    The ids are those of `encode_answers`. Each completion gets the end of turn, except where
+    `max_length` tokens (prompt included) cut it, or where `ended` (R booleans) is False: there the
+    policy was cut off and wrote no end.
     Raises ValueError where a prompt fills max_length.
     """
-    end = end_of_turn(tokenizer)
-    prompt_rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    prompt_rows = []
     completion_rows = []
     prompt_of = []
-    for i, (prompt_row, texts) in enumerate(zip(prompt_rows, completions, strict=True)):
+    for i, (prompt, texts) in enumerate(zip(prompts, completions, strict=True)):
+        first = len(completion_rows)
+        of_these = None if ended is None else ended[first : first + len(texts)]
+        prompt_row, rows = encode_answers(tokenizer, prompt, texts, of_these)
         room = None if max_length is None else max_length - len(prompt_row)
         if room is not None and room <= 0:
             raise ValueError(
                 f"A prompt of {len(prompt_row)} tokens leaves no room for a completion in "
                 f"{max_length} tokens."
             )
-        for text in texts:
-            row = tokenizer(text, add_special_tokens=False)["input_ids"]
-            has_end = ended is None or ended[len(completion_rows)]
-            if has_end or not row:
-                row = [*row, end]
-            completion_rows.append(row[:room])
-            prompt_of.append(i)
+        prompt_rows.append(prompt_row)
+        completion_rows += [row[:room] for row in rows]
+        prompt_of += [i] * len(rows)
     return Batch(*pad(prompt_rows, "left"), *pad(completion_rows, "right"), torch.tensor(prompt_of))
 
 
@@ -189,14 +385,21 @@ def encode_steps(tokenizer, prompt, steps, separator, close=None):
 
     The end of a step is the place, in the completion, of the last token of its separator. Steps are
     tokenised apart, so that no token belongs to two of them. Without a separator every token is a
-    step. close: ids to put after the last step; None: the end of turn.
+    step, and one text has the ids of `encode_answers`.
+    close: ids to put after the last step; None: the end of turn.
     """
+    has_end = close is None
+    if not separator and len(steps) == 1:
+        prompt_ids, [ids] = encode_answers(tokenizer, prompt, steps, [has_end])
+        if steps[0] and not has_end:
+            ids = ids + close
+        return prompt_ids, ids, list(range(len(ids)))
     ids = []
     ends = []
     for text in steps:
-        ids += tokenizer(text + separator, add_special_tokens=False)["input_ids"]
+        ids += _ids_behind(tokenizer, text + separator)
         ends.append(len(ids) - 1)
-    if close is None or not ids:
+    if has_end or not ids:
         ids.append(end_of_turn(tokenizer))
     else:
         ids += close

@@ -35,16 +35,20 @@ from tqdm import tqdm
 
 from common import (
     Batch,
+    _autocast,
     _call,
-    after_answer,
     completion_scores,
+    content_text,
+    conversation_text,
     encode_prompt,
     encode_steps,
     end_of_turn,
     fixed_logps,
     generate,
+    is_rendered,
     kl_estimate,
     pad,
+    text_ids,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -265,9 +269,15 @@ def load_rows(path, *columns):
         _check_texts(row, where)
         for names in columns:
             _check_column(row, names, where)
-        rows.append(row)
+        rows.append(_with_prompt_columns(row, where))
     if not rows:
         stop(f"{path}: no rows")
+    _name_roles(rows, path)
+    in_prompt = [name for name in ("system", "tools") if any(row.get(name) for row in rows)]
+    if in_prompt:
+        print(f"{path}: the columns that go into the prompt: {', '.join(in_prompt)}")
+    if "chosen" in str(columns):
+        _cut_repeated_prompts(rows, path)
     return rows
 
 
@@ -316,6 +326,79 @@ def _check_messages(messages, name, where):
         is_message = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not is_message:
             stop(f"{where}: {name} has {str(message)[:80]!r}, where a message has role and content")
+        with stop_on_error(f"{where}: {name} cannot be read"):
+            content_text(message.get("content"))
+
+
+def _with_prompt_columns(row, where):
+    """A row whose `system` and `tools` have gone into its prompt or messages.
+
+    The system's text becomes the first message; the tools are a key of the first message.
+    """
+    name = "messages" if row.get("messages") else "prompt"
+    chat = row.get(name)
+    system = row.get("system")
+    tools = row.get("tools")
+    if not chat or not (system or tools):
+        return row
+    if isinstance(chat, str):
+        chat = [{"role": "user", "content": chat}]
+    if system:
+        if not isinstance(system, str) or chat[0]["role"] == "system":
+            stop(f"{where}: its column system is no text, or {name} has a system message already")
+        chat = [{"role": "system", "content": system}, *chat]
+    if tools:
+        if isinstance(tools, str):
+            with stop_on_error(f"{where}: its tools are no JSON"):
+                tools = json.loads(tools)
+        chat = [chat[0] | {"tools": tools}, *chat[1:]]
+    return row | {name: chat}
+
+
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+
+
+def _name_roles(rows, path):
+    """Give roles the names that chat templates know, and say which were others."""
+    others = set()
+    for row in rows:
+        for name in (*MESSAGES, *ANSWERS):
+            if not isinstance(row.get(name), list):
+                continue
+            messages = []
+            for message in row[name]:
+                role = message["role"].strip().lower()
+                role = ROLES.get(role, role)
+                if role not in ("user", "assistant", "system"):
+                    role = message["role"]
+                if role != message["role"]:
+                    others.add(f"{message['role']} as {role}")
+                messages.append(message | {"role": role})
+            row[name] = messages
+    if others:
+        print(f"{path}: roles are read so: {', '.join(sorted(others))}", file=sys.stderr)
+
+
+def _cut_repeated_prompts(rows, path):
+    """Cut the prompt off chosen and rejected where all of them begin with it, and say so."""
+    cut = []
+    for row in rows:
+        prompt = row.get("prompt")
+        texts = [row.get("chosen"), row.get("rejected")]
+        for text in texts:
+            if not isinstance(prompt, str) or not isinstance(text, str):
+                return
+            if not text.startswith(prompt) or text == prompt:
+                return
+        cut.append([text.removeprefix(prompt) for text in texts])
+    if len(rows) < 8:
+        return  # a few answers may begin so by chance
+    for row, (chosen, rejected) in zip(rows, cut, strict=True):
+        row |= {"chosen": chosen, "rejected": rejected}
+    print(
+        f"{path}: chosen and rejected repeat the prompt in each of the {len(rows)} rows: it is cut "
+        "off there"
+    )
 
 
 def _check_column(row, names, where):
@@ -403,13 +486,20 @@ def answer_text(answer, prompt):
     if isinstance(answer, str):
         return answer
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    earlier = answer[:-1]
-    if (earlier and earlier != chat) or answer[-1]["role"] != "assistant":
+    without_system = [message for message in chat if message["role"] != "system"]
+    earlier = _said(answer[:-1])
+    is_known = earlier in ([], _said(chat), _said(without_system))
+    if not is_known or answer[-1]["role"] != "assistant":
         raise ValueError(
             "the answer's messages before its last are not those of the prompt, or the last is not "
             "the assistant's: `prompt` needs all earlier turns"
         )
-    return answer[-1]["content"]
+    return content_text(answer[-1].get("content"))
+
+
+def _said(messages):
+    """Who said what: messages may have more keys, which say nothing here."""
+    return [(message["role"], content_text(message.get("content"))) for message in messages]
 
 
 def has_answers(rows):
@@ -417,9 +507,19 @@ def has_answers(rows):
     return all(is_number(row.get("answer")) for row in rows)
 
 
-def with_ended(rows, ended):
-    """Add `ended`, False where a completion was cut off, to R rows: rewards read it."""
-    return [row | {"ended": end} for row, end in zip(rows, ended.tolist(), strict=True)]
+def with_ended(rows, ended, batch=None, tokenizer=None):
+    """Add what rewards read to R rows: `ended`, False where a completion was cut off; and `raw`.
+
+    batch: the completions. Then the rows are those of its P prompts, and are repeated for each
+    completion; `raw` is the text of the completion with its special tokens.
+    """
+    if batch is None:
+        return [row | {"ended": end} for row, end in zip(rows, ended.tolist(), strict=True)]
+    row_of_each = []
+    for i, p in enumerate(batch.prompt_of.tolist()):
+        raw = tokenizer.decode(batch.completion_ids[i, batch.completion_mask[i]].tolist())
+        row_of_each.append(rows[p] | {"ended": bool(ended[i]), "raw": raw})
+    return row_of_each
 
 
 # --- Device, tokenizer and model ------------------------------------------------------------------
@@ -453,11 +553,11 @@ def _stop_without(kind, path):
         stop(f"{path}: no {kind} in it that can be loaded ({type(error).__name__}: {error})")
 
 
-def load_tokenizer(path):
-    """Tokenizer of a model folder or hub name. One without an EOS is refused."""
+def load_tokenizer(path, needs_eos=True):
+    """Tokenizer of a model folder or hub name. One without an EOS is refused where it needs one."""
     with _stop_without("tokenizer", path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if tokenizer.eos_token_id is None:
+    if needs_eos and tokenizer.eos_token_id is None:
         stop(f"{path}: its tokenizer has no EOS, so no completion could end; set its eos_token")
     return tokenizer
 
@@ -489,9 +589,27 @@ def check_vocabulary(tokenizer, model, rows):
                 stop(f"{token!r} is beyond the model's {size} embeddings: {text[:80]}")
 
 
-def check_prompts(tokenizer, model, rows, max_new_tokens):
-    """Stop where a prompt is empty, or with its completion does not fit in the model's context."""
+def check_texts(tokenizer, model, rows):
+    """Stop at tokens the model does not know, and say which prompts are not put in the template."""
     check_vocabulary(tokenizer, model, rows)
+    rendered = [row for row in rows if is_rendered(tokenizer, row.get("prompt"))]
+    if rendered:
+        print(
+            f"{len(rendered)} of {len(rows)} prompts hold the turns of the chat template already: "
+            "they are taken as they are"
+        )
+    chats = [row.get("messages") or row.get("prompt") for row in rows]
+    has_tools = any(isinstance(chat, list) and chat[0].get("tools") for chat in chats)
+    if has_tools and "tools" not in str(tokenizer.chat_template):
+        print("warning: the chat template does not read tools: they are not in the prompts")
+
+
+def check_prompts(tokenizer, model, rows, max_new_tokens, show=0):
+    """Stop where a prompt is empty, or with its completion does not fit in the model's context.
+
+    show: number of prompts to print as the model gets them, and then to stop.
+    """
+    check_texts(tokenizer, model, rows)
     for row in rows:
         length = len(encode_prompt(tokenizer, row["prompt"]))
         if not 0 < length <= model.context - max_new_tokens:
@@ -500,6 +618,48 @@ def check_prompts(tokenizer, model, rows, max_new_tokens):
                 f"in the model's {model.context} (at most {model.context - length}): "
                 f"{str(row['prompt'])[:80]!r}"
             )
+    if show:
+        prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows[:show]]
+        show_rows(tokenizer, [(prompt, [], []) for prompt in prompts])
+
+
+def show_rows(tokenizer, rows):
+    """Print prompts and completions as the model gets them, and end the program.
+
+    rows: (prompt ids, completion ids, for each of these whether the loss counts there). A stretch
+    in which it counts stands between >>> and <<<. Without a completion: it will be sampled.
+    """
+    for number, (prompt_ids, ids, counts) in enumerate(rows, 1):
+        print(f"--- row {number}: prompt, {len(prompt_ids)} tokens")
+        print(tokenizer.decode(prompt_ids))
+        if not ids:
+            print("--- completion: sampled from here on; the loss counts in all of its tokens")
+            continue
+        print(f"--- completion, {len(ids)} tokens; the loss counts in >>>...<<<")
+        text = ""
+        start = 0
+        for i in range(1, len(ids) + 1):
+            if i == len(ids) or counts[i] != counts[start]:
+                part = tokenizer.decode(ids[start:i])
+                text += f">>>{part}<<<" if counts[start] else part
+                start = i
+        print(text)
+    raise SystemExit(0)
+
+
+def show_batch(tokenizer, batch, counts):
+    """`show_rows` of a Batch; counts (R, Tc) bool."""
+    rows = []
+    for i, p in enumerate(batch.prompt_of.tolist()):
+        prompt_ids = batch.prompt_ids[p, batch.prompt_mask[p]].tolist()
+        mask = batch.completion_mask[i]
+        rows.append((prompt_ids, batch.completion_ids[i, mask].tolist(), counts[i, mask].tolist()))
+    show_rows(tokenizer, rows)
+
+
+def last_tokens(mask):
+    """Completion mask (R, T) -> where the last token of each is, there a reward is read (R, T)."""
+    return mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
 
 
 def load_model(
@@ -756,7 +916,8 @@ def load_reward(
     """-> score(prompts, completions, rows) -> list of R numbers, or with by_step of R lists.
 
     reward: "verifier" for the function `verifier`, or "FILE.py:function", which is called with
-    three lists of length R: prompts and rows repeated for each completion, the rows with `ended`.
+    three lists of length R: prompts and rows repeated for each completion, the rows with `ended`
+    and `raw` (see `with_ended`): the completions themselves are without special tokens.
     model: folder or hub name of a reward model, in place of `reward`. by_step: one number for each
     step of a completion (a process reward model's P(right)), not one for the whole.
     Raises ValueError where a reward cannot be loaded, fails, or returns what is no finite number.
@@ -850,22 +1011,18 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
     if "ForCausalLM" in str(config.architectures):
         stop(f"--reward-model {path}: is a language model; rm_bt.py makes a reward model of one")
     of_tokens = "ForTokenClassification" in str(config.architectures)
-    auto_class = transformers.AutoModelForSequenceClassification
-    if of_tokens:
-        auto_class = transformers.AutoModelForTokenClassification
-    model = load_model(auto_class, path, device, dtype)
-    tokenizer = load_tokenizer(path)
     separator = getattr(config, "step_separator", "")
     unknown = "" if of_tokens else "last"
     how = getattr(config, "solution_score", unknown)
-    close = _close_of(tokenizer, config)
-    if not of_tokens and config.num_labels != 1:
-        stop(f"--reward-model {path}: has {config.num_labels} labels, not 1")
-    if not how or (by_step and not separator):
-        stop(
-            f"--reward-model {path}: its config.json does not say how to read the steps: make it "
-            "with prm.py, for steps with --supervision process"
-        )
+    lacks_steps = not how or (by_step and not separator)
+    _check_reward_config(config, path, of_tokens, lacks_steps)
+    if of_tokens:
+        model = load_model(transformers.AutoModelForTokenClassification, path, device, dtype)
+    else:
+        model = load_model(transformers.AutoModelForSequenceClassification, path, device, dtype)
+        if not hasattr(config, "reward_bias"):  # not made by these scripts
+            return _foreign_reward(path, model, micro_batch_size)
+    tokenizer = load_tokenizer(path)
 
     @torch.no_grad()
     def function(prompts, completions, rows):
@@ -875,8 +1032,9 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
             steps = [text]
             if separator:
                 steps = [step for step in text.split(separator) if step.strip()]
-            ending = close if row.get("ended", True) else []
-            encoded.append(encode_steps(tokenizer, prompt, steps, separator, ending))
+            close = None if row.get("ended", True) else []
+            encoded.append(encode_steps(tokenizer, prompt, steps, separator, close))
+            _check_room(len(encoded[-1][0]) + len(encoded[-1][1]), model.context, path)
         values = []
         for logits in _step_logits(model, encoded, micro_batch_size):
             probs = positive_probs(logits) if of_tokens else logits[:, 0]
@@ -888,6 +1046,84 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
         return values
 
     return function
+
+
+def _check_reward_config(config, path, of_tokens, lacks_steps):
+    """Stop at a model that gives no rewards, or not those that are asked for."""
+    if "ForCausalLM" in str(config.architectures):
+        stop(f"--reward-model {path}: is a language model; rm_bt.py makes a reward model of one")
+    if not of_tokens and config.num_labels != 1:
+        stop(f"--reward-model {path}: has {config.num_labels} labels, not 1")
+    if lacks_steps:
+        stop(
+            f"--reward-model {path}: its config.json does not say how to read the steps: make it "
+            "with prm.py, for steps with --supervision process"
+        )
+
+
+def _check_room(length, room, path):
+    if length > room:
+        stop(
+            f"a prompt and its completion of {length} tokens do not fit in the {room} of "
+            f"--reward-model {path}: lower --max-new-tokens, or leave out the longest prompts"
+        )
+
+
+def _foreign_reward(path, model, micro_batch_size):
+    """Reward function of a model made elsewhere: its template, its own forward and its pooling."""
+    tokenizer = load_tokenizer(path, needs_eos=False)
+    room = min(model.context, tokenizer.model_max_length)
+    first_position = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
+    if first_position is not None:  # RoBERTa counts positions from behind this one
+        room = min(model.context - first_position - 1, tokenizer.model_max_length)
+    pad_id = model.config.get_text_config().pad_token_id
+    size = 1 if pad_id is None else micro_batch_size  # it finds ends of texts by their padding
+
+    @torch.no_grad()
+    def function(prompts, completions, rows):
+        encoded = []
+        for prompt, text, row in zip(prompts, completions, rows, strict=True):
+            ended = row.get("ended", True)
+            encoded.append(_foreign_inputs(tokenizer, model, prompt, text, ended))
+            _check_room(len(encoded[-1]["input_ids"]), room, path)
+        scores = torch.zeros(len(encoded))
+        lengths = torch.tensor([len(one["input_ids"]) for one in encoded])
+        for index in lengths.argsort().split(size):
+            part = [encoded[i] for i in index]
+            ids, mask = pad([one["input_ids"] for one in part], "right")
+            if pad_id is not None:
+                ids = ids.masked_fill(~mask, pad_id)
+            inputs = {"input_ids": ids, "attention_mask": mask.long()}
+            if "token_type_ids" in part[0]:
+                inputs["token_type_ids"] = pad([one["token_type_ids"] for one in part], "right")[0]
+            inputs = {name: values.to(model.device) for name, values in inputs.items()}
+            with _autocast(model):
+                scores[index] = model(**inputs).logits[:, 0].float().cpu()
+        return scores.tolist()
+
+    return function
+
+
+def _foreign_inputs(tokenizer, model, prompt, text, ended):
+    """Prompt and completion as the authors of a reward model encode them -> {name: ids}.
+
+    With a chat template its rendering of the whole conversation. Without one: encoders get a pair
+    of texts, other models one text with an EOS, where that is not the pad token.
+    """
+    if tokenizer.chat_template or not isinstance(prompt, str):
+        whole = conversation_text(tokenizer, prompt, text, ended)
+        return {"input_ids": tokenizer(whole, add_special_tokens=False)["input_ids"]}
+    if hasattr(model, "score"):  # the head of models that read from left to right
+        ids = text_ids(tokenizer, prompt + text)
+        eos = tokenizer.eos_token_id
+        if ended and eos not in (None, model.config.get_text_config().pad_token_id):
+            ids = [*ids, eos]
+        return {"input_ids": ids}
+    if tokenizer.sep_token_id is not None:
+        return dict(tokenizer(prompt, text))
+    ids = tokenizer(f"{prompt} {text}", add_special_tokens=False)["input_ids"]
+    ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    return {"input_ids": [token for token in ids if token is not None]}
 
 
 def _step_logits(model, encoded, micro_batch_size):
@@ -908,20 +1144,6 @@ def _step_logits(model, encoded, micro_batch_size):
         for i, row, (_, _, ends) in zip(index.tolist(), logits, part, strict=True):
             outputs[i] = row[ends]
     return outputs
-
-
-def _close_of(tokenizer, config):
-    """Ids after a completion that a reward model reads -> list, or None for the end of turn.
-
-    One made elsewhere was trained on all that the template puts there, and transformers reads its
-    score at the last id that is not pad.
-    """
-    if hasattr(config, "reward_bias"):  # made by these scripts
-        return None
-    close = after_answer(tokenizer) or [end_of_turn(tokenizer)]
-    while close and close[-1] == getattr(config, "pad_token_id", None):
-        close.pop()
-    return close
 
 
 def positive_probs(logits):
@@ -980,8 +1202,9 @@ def greedy_rewards(policy, tokenizer, score, rows, max_new_tokens, batch_size):
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         prompts = [row["prompt"] for row in part]
-        _, answers, ended = generate(policy, tokenizer, prompts, 1, max_new_tokens, temperature=0)
-        values += score(prompts, answers, with_ended(part, ended))
+        sampled = generate(policy, tokenizer, prompts, 1, max_new_tokens, temperature=0)
+        batch, answers, ended = sampled
+        values += score(prompts, answers, with_ended(part, ended, batch, tokenizer))
         texts += answers
     return values, texts
 
@@ -1057,6 +1280,8 @@ class Run:
         self.equal_steps = 0  # steps in a row whose rewards were all equal
         self.stopped_by = ""
         self.inputs = {str(path): _digest(path) for path in _input_files(args)}
+        if getattr(args, "show_rows", 0):
+            return  # nothing will be written
         self._check_folder()
         if args.resume:
             self._check_resume()
@@ -1095,7 +1320,7 @@ class Run:
         with stop_on_error(f"--resume: cannot read {self.folder / 'args.json'}"):
             old = json.loads((self.folder / "args.json").read_text())
         for name, value in vars(self.args).items():
-            may_change = name in ("resume", "overwrite", "num_steps")
+            may_change = name in ("resume", "overwrite", "num_steps", "show_rows")
             if old.get(name) != value and not may_change:
                 flag = f"--{name.replace('_', '-')}"
                 stop(
@@ -1242,7 +1467,8 @@ class Run:
 
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, note)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as of a program in the background
+                    before[number] = signal.signal(number, note)
         except ValueError:  # not in the main thread: signals do not come here
             pass
         try:

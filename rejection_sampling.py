@@ -40,6 +40,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from common import completion_logps, encode, generate, masked_mean
 from plumbing import (
     Run,
+    answer_text,
     check_finite,
     check_prompts,
     greedy_rewards,
@@ -66,6 +67,9 @@ class Args:
     verifier"""
     eval_dataset: str = ""
     """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
+    show_rows: int = 0
+    """number of rows to print as the model gets them, with the places where the loss counts; then
+    the program ends; 0: train"""
 
     output_dir: str = "runs/rejection_sampling"  # folder for candidates, metrics, samples, models
     resume: bool = False
@@ -83,7 +87,8 @@ class Args:
     reward: str = "verifier"
     """verifier: 1 if the last number of the completion is the row's `answer`, else 0; or
     FILE.py:function, which gets three lists (prompts, completions, rows) and returns one number per
-    completion; rows[i]["ended"] is False if completion i was cut off"""
+    completion; rows[i]["ended"] is False if completion i was cut off, and
+    rows[i]["raw"] is its text with special tokens"""
     reward_model: str = ""  # folder or hub name of a reward model, used instead of --reward
 
     rounds: int = 1  # rounds of sampling and training, each from the policy of the one before
@@ -216,14 +221,15 @@ def load_candidates(args, tokenizer, context):
     if not args.completions:
         return candidates
     for row in load_rows(args.completions, "prompt", "completion"):
-        batch = encode(tokenizer, [row["prompt"]], [[row["completion"]]])
+        text = answer_text(row["completion"], row["prompt"])
+        batch = encode(tokenizer, [row["prompt"]], [[text]])
         if batch.prompt_ids.shape[1] + batch.completion_ids.shape[1] > context:
             stop(
                 f"{args.completions}: a completion with its prompt does not fit in the model's "
-                f"{context} tokens: {row['completion'][:80]!r}"
+                f"{context} tokens: {text[:80]!r}"
             )
         of_prompt = candidates.setdefault(str(row["prompt"]), [])
-        of_prompt.append((row["completion"], bool(row.get("ended", True))))
+        of_prompt.append((text, bool(row.get("ended", True))))
     return candidates
 
 
@@ -255,20 +261,24 @@ def whole_chunks(path, num_rows, size):
 def sample_groups(policy, tokenizer, rows, others, args):
     """Rows -> [{prompt, completions, ended}, ...]: --num-generations sampled, then `others`."""
     N = args.num_generations
-    sampled = []
+    sampled, raw = [], []
     ended = torch.ones(0)
     if args.sample:
         prompts = [row["prompt"] for row in rows]
         sampling = (N, args.max_new_tokens, args.temperature)
-        _, sampled, ended = generate(policy, tokenizer, prompts, *sampling)
+        batch, sampled, ended = generate(policy, tokenizer, prompts, *sampling)
+        raw = [row["raw"] for row in with_ended(rows, ended, batch, tokenizer)]
     groups = []
     for i, row in enumerate(rows):
         completions = sampled[i * N : (i + 1) * N]
         has_ended = ended[i * N : (i + 1) * N].tolist()
+        with_special = raw[i * N : (i + 1) * N]
         for text, done in others.get(str(row["prompt"]), []):
             completions.append(text)
             has_ended.append(done)
-        groups.append({"prompt": row["prompt"], "completions": completions, "ended": has_ended})
+            with_special.append(text)
+        group = {"prompt": row["prompt"], "completions": completions, "ended": has_ended}
+        groups.append(group | {"raw": with_special})
     return groups
 
 
@@ -278,8 +288,9 @@ def add_rewards(groups, rows, score):
     row_of_each = []
     for group, row in zip(groups, rows, strict=True):
         texts += group["completions"]
-        copies = [row] * len(group["ended"])
-        row_of_each += with_ended(copies, torch.tensor(group["ended"]))
+        raw = group.pop("raw", group["completions"])  # for the reward alone: it is not kept
+        for done, text in zip(group["ended"], raw, strict=True):
+            row_of_each.append(row | {"ended": done, "raw": text})
     values = score([row["prompt"] for row in row_of_each], texts, row_of_each)
     start = 0
     for group in groups:
@@ -413,7 +424,7 @@ def main(args: Args):
     score = load_reward(args.reward, verifier, *model_options)
     recompute = args.gradient_checkpointing
     policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
-    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
+    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     others = load_candidates(args, tokenizer, policy.context)
     rows = rows_to_answer(rows, others, args)
     M = min(args.num_prompts, len(rows))

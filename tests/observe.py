@@ -233,6 +233,15 @@ def flag_share_prompts(run, base, folder):
     changes_nothing(got, base)
 
 
+def flag_show_rows(run, base, folder):
+    """Rows are printed, and nothing is trained; test_templates.py looks at what is printed."""
+    import pytest
+
+    with pytest.raises(SystemExit) as ended:
+        run(show_rows=1)
+    assert ended.value.code == 0
+
+
 def flag_checkpoint_every(run, base, folder):
     """Checkpoints after these steps: a second run, killed after its last update, has step 1's."""
     import plumbing
@@ -298,3 +307,12 @@ def killed(function, name, call):
         patch.setattr(function, name, stopping)
         with pytest.raises(KeyboardInterrupt):
             yield
+
+
+def without_raw(rows):
+    """Rows that a reward was given, without the text with special tokens, which each has."""
+    kept = []
+    for row in rows:
+        assert isinstance(row["raw"], str)
+        kept.append({name: value for name, value in row.items() if name != "raw"})
+    return kept

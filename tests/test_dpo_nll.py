@@ -1099,6 +1099,7 @@ FLAGS = {
     "eval_prompts": flag_eval_prompts, "output_dir": observe.flag_output_dir,
     "resume": flag_resume, "overwrite": observe.flag_overwrite, "seed": flag_seed,
     "device": observe.flag_device, "dtype": observe.flag_dtype,
+    "show_rows": observe.flag_show_rows,
     "gradient_checkpointing": observe.flag_gradient_checkpointing,
     "share_prompts": observe.flag_share_prompts, "loss": flag_loss,
     "beta": by_value(beta=0.9), "alpha": by_value(alpha=2.0),
@@ -1141,7 +1142,7 @@ def test_flags_by_default():
         max_new_tokens=256, num_epochs=1, batch_size=64, micro_batch_size=8, max_length=1024,
         learning_rate=7e-7, lr_schedule="linear", warmup_ratio=0.1, max_grad_norm=1.0,
         eval_size=64, eval_every=100, checkpoint_every=100, log_samples=4, device="auto",
-        dtype="auto", gradient_checkpointing=False, resume=False, overwrite=False,
+        dtype="auto", show_rows=0, gradient_checkpointing=False, resume=False, overwrite=False,
     )  # fmt: skip
     assert {name: getattr(args, name) for name in want} == want
 

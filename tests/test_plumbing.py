@@ -1595,8 +1595,19 @@ def test_tokenizers_and_models_that_were_saved_load_again(tmp_path, tiny):
 # --- Signals --------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def usual_signals():
+    """Handlers as of a program in the foreground: one that is started in the background has none."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_the_step_end_and_saves_a_checkpoint(tmp_path, capsys, number):
+def test_a_signal_lets_the_step_end_and_saves_a_checkpoint(tmp_path, capsys, number, usual_signals):
     before = signal.getsignal(number)
     counter = SimpleNamespace(steps_done=0)
     run = begun(tmp_path / "run", {"counter": counter}, num_steps=5, checkpoint_every=100)
@@ -1613,7 +1624,7 @@ def test_a_signal_lets_the_step_end_and_saves_a_checkpoint(tmp_path, capsys, num
     assert signal.getsignal(number) is before
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path):
+def test_a_second_signal_ends_it_at_once(tmp_path, usual_signals):
     before = signal.getsignal(signal.SIGINT)
     run = begun(tmp_path / "run", num_steps=5)
     reached = []
@@ -1625,6 +1636,16 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
             reached.append(step)
     assert reached == [1] and not (tmp_path / "run/checkpoint").exists()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_that_was_ignored_stays_ignored(tmp_path, usual_signals):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run = begun(tmp_path / "run", num_steps=3)
+    reached = []
+    for step in run.steps():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached.append(step)
+    assert reached == [1, 2, 3]
 
 
 def test_steps_outside_the_main_thread_wait_for_no_signal(tmp_path):

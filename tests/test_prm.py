@@ -1138,6 +1138,7 @@ FLAGS = {
     "seed": flag_seed,
     "device": observe.flag_device,
     "dtype": observe.flag_dtype,
+    "show_rows": observe.flag_show_rows,
     "gradient_checkpointing": observe.flag_gradient_checkpointing,
     "share_prompts": observe.flag_share_prompts,
     "supervision": flag_supervision,

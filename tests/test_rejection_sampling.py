@@ -1012,6 +1012,7 @@ FLAGS = {
     "output_dir": observe.flag_output_dir, "resume": flag_resume,
     "overwrite": observe.flag_overwrite, "seed": flag_seed, "device": observe.flag_device,
     "dtype": observe.flag_dtype,
+    "show_rows": observe.flag_show_rows,
     "gradient_checkpointing": observe.flag_gradient_checkpointing,
     "share_prompts": observe.flag_share_prompts, "reward": flag_reward,
     "reward_model": flag_reward_model, "rounds": flag_rounds, "num_prompts": flag_num_prompts,
@@ -1045,7 +1046,8 @@ def test_flags_by_default():
         completions="", sample=True, max_new_tokens=256, temperature=1.0, select="per-prompt",
         top_k=0, train=True, control=True, num_epochs=2, batch_size=32, micro_batch_size=8,
         learning_rate=5e-6, lr_schedule="linear", max_grad_norm=1.0, eval_size=64, eval_every=100,
-        checkpoint_every=50, log_samples=4, seed=0, device="auto", dtype="auto", resume=False,
+        checkpoint_every=50, log_samples=4, seed=0, device="auto", dtype="auto",
+        show_rows=0, resume=False,
         overwrite=False, gradient_checkpointing=False, share_prompts=True,
     )  # fmt: skip
     assert {name: getattr(args, name) for name in want} == want

@@ -521,6 +521,7 @@ FLAGS = {
     "seed": flag_seed,
     "device": observe.flag_device,
     "dtype": observe.flag_dtype,
+    "show_rows": observe.flag_show_rows,
     "from_scratch": flag_from_scratch,
     "gradient_checkpointing": observe.flag_gradient_checkpointing,
     "num_epochs": flag_num_epochs,
