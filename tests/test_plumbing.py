@@ -573,6 +573,10 @@ def test_tokens_without_an_embedding_are_refused():
     check(ends, embedding(261), rows[:1])
     text = message(check, ends, embedding(260), rows[:1])
     assert text == "the tokenizer's turns have tokens beyond the model's 260 embeddings"
+    plain_end = make_tokenizer(chat=False)  # here only the completion has the end
+    plain_end.add_special_tokens({"additional_special_tokens": ["<turn>", "<more>"]})
+    plain_end.eos_token = "<more>"
+    assert "turns have tokens" in message(check, plain_end, embedding(260), rows[:1])
     starts = turns("<eos>", start="<more>")
     assert "turns have tokens" in message(check, starts, embedding(260), rows[:1])
 
