@@ -497,14 +497,14 @@ def test_what_comes_after_an_answer(end, start):
     tokenizer = turns("{{ '" + end + "' }}", start)
     end = end.replace("\\n", "\n")
     for again in (tokenizer, closing(tokenizer, "<bos> $A <eos>")):
-        assert plumbing.after_answer(again) == ids_of(tokenizer, end)
+        assert common.after_answer(again) == ids_of(tokenizer, end)
     first = {"<turn>\n": "<turn>", "<turn><eos>": "<turn>"}.get(end, "<eos>")
     assert plumbing.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids(first)
 
 
 def test_without_a_template_a_completion_ends_with_the_eos():
     tokenizer = make_tokenizer(chat=False)
-    assert plumbing.after_answer(tokenizer) == [] and plumbing.end_of_turn(tokenizer) == 1
+    assert common.after_answer(tokenizer) == [] and plumbing.end_of_turn(tokenizer) == 1
 
 
 def test_the_first_special_id_ends_a_turn_and_not_what_is_before_it():
@@ -1601,7 +1601,7 @@ def test_tokenizers_and_models_that_were_saved_load_again(tmp_path, tiny):
 
 @pytest.fixture
 def usual_signals():
-    """Handlers as of a program in the foreground: one that is started in the background has none."""
+    """Handlers as of a program in the foreground: one started in the background has none."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
