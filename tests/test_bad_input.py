@@ -474,7 +474,7 @@ def test_no_samples_is_no_mistake(script, tmp_path):
 def test_sft_keeps_within_the_context(tmp_path, long, capsys):
     """A model with learned positions has none beyond: longer rows and answers are cut, and it is
     said of rows."""
-    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, vocab_size=64)
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, vocab_size=128)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(TOY).save_pretrained(tmp_path / "gpt2")
     row = ROWS[0] | ({"prompt": "1" * 40, "completion": "2" * 40} if long == "pair" else {})
