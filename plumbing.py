@@ -326,6 +326,8 @@ def _check_messages(messages, name, where):
         is_message = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not is_message:
             stop(f"{where}: {name} has {str(message)[:80]!r}, where a message has role and content")
+        if message["role"] in ("user", "system") and not message.get("content"):
+            stop(f"{where}: {name} has a turn of the {message['role']} without content")
         with stop_on_error(f"{where}: {name} cannot be read"):
             content_text(message.get("content"))
 
@@ -827,7 +829,7 @@ def is_number(answer):
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         return False
     text = _simplify(str(answer)).strip()
-    match = NUMBER.fullmatch(text.lstrip("+-"))
+    match = NUMBER.fullmatch(re.sub("^[-+]", "", text))
     return match is not None and match["decimal"] is not None and last_number(text) is not None
 
 
