@@ -12,6 +12,7 @@ the vocabulary.
 """
 
 import contextlib
+import functools
 import inspect
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import torch
 import transformers
 from torch.nn.functional import pad as pad_tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 # --- Batches --------------------------------------------------------------------------------------
 
@@ -103,83 +104,279 @@ def pad(rows, side):
     """
     ids = [torch.tensor(row) for row in rows]
     masks = [torch.ones_like(row, dtype=torch.bool) for row in ids]
-    return (
-        pad_sequence(ids, batch_first=True, padding_side=side),
-        pad_sequence(masks, batch_first=True, padding_side=side),
-    )
+    padded = pad_sequence(ids, batch_first=True, padding_side=side)
+    mask = pad_sequence(masks, batch_first=True, padding_side=side)
+    if side == "left":  # with each row's last id: that of id 0 may be an embedding of zeros, whose
+        padded = torch.where(mask, padded, padded[:, -1:])  # norm has no gradient (Gemma 3n)
+    return padded, mask
 
 
 # --- From text to tokens --------------------------------------------------------------------------
 
 
-def encode_prompt(tokenizer, prompt):
-    """Text or list of chat messages -> list of token ids, up to where the completion begins.
+@dataclass
+class Turns:
+    """What a chat template writes around texts, and the id that ends an answer."""
 
-    With a chat template, a text is one user message. Without one, a text is taken as it is.
-    Raises ValueError where the template refuses the messages, or where there is no template.
+    before: str  # before the text of a first user
+    opening: str  # between the user's text and the answer: where an answer begins
+    ending: str  # behind an answer: the end of turn and perhaps a newline
+    ending_ids: list
+    end: int  # the special token of the ending, or its only token; else the EOS
+    wants_parts: bool  # a content has to be a list of parts: a text would vanish
+
+
+def turns_of(tokenizer):
+    """Turns of the tokenizer's chat template; without a template all texts are empty."""
+    key = (str(tokenizer.chat_template), tokenizer.bos_token, tokenizer.eos_token)
+    return _turns_of(tokenizer, *key, len(tokenizer))
+
+
+@functools.lru_cache(maxsize=16)
+def _turns_of(tokenizer, *_):
+    if not tokenizer.chat_template:
+        return Turns("", "", "", [], tokenizer.eos_token_id, False)
+    user = [{"role": "user", "content": "@@"}]
+    wants_parts = False
+    try:
+        wants_parts = "@@" not in tokenizer.apply_chat_template(user, tokenize=False)
+    except Exception:  # such as: a text has no key `type`
+        wants_parts = True
+    before, _, opening = _render(tokenizer, user, None, wants_parts).rpartition("@@")
+    answer = {"role": "assistant", "content": "@@"}
+    question = [{"role": "user", "content": "?"}]
+    ending = _render(tokenizer, question, answer, wants_parts).rpartition("@@")[2]
+    ids = tokenizer(ending, add_special_tokens=False)["input_ids"]
+    special = [token for token in ids if token in tokenizer.added_tokens_decoder]
+    written = [token for token in ids if tokenizer.decode([token]).strip()]
+    end = tokenizer.eos_token_id
+    if special:
+        end = special[0]
+    elif len(written) == 1:
+        end = written[0]
+    return Turns(before, opening, ending, ids, end, wants_parts)
+
+
+def content_text(content):
+    """Content of a message: a text, a list of text parts, or None -> text."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise ValueError(f"The content {str(content)[:80]!r} is no text.")
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str):
+            raise ValueError(f"The content has a part that is no text: {str(part)[:80]}.")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _render(tokenizer, prompt, answer, wants_parts):
+    """The template's text of a prompt, up to where an answer begins, or of prompt and answer.
+
+    The first message of a prompt may hold `tools`. Keys without a value are left out, as data sets
+    fill them in where other rows have them.
     """
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"The chat template refuses {str(chat)[:80]} ({reason}).") from error
-        # The template has written the BOS: the tokenizer must not add a second one
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not isinstance(prompt, str):
-        raise ValueError(
-            "The prompts are chat messages, but the tokenizer has no chat template: use plain text."
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    tools = chat[0].get("tools") if chat else None
+    if isinstance(answer, str):
+        answer = {"role": "assistant", "content": answer}
+    if answer is not None:
+        chat = [*chat, answer]
+    messages = []
+    for message in chat:
+        kept = {key: value for key, value in message.items() if value is not None}
+        kept.pop("tools", None)
+        kept["content"] = content_text(message.get("content"))
+        if wants_parts:
+            kept["content"] = [{"type": "text", "text": kept["content"]}]
+        messages.append(kept)
+    begin = answer is None
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=begin, tokenize=False
         )
-    ids = tokenizer(prompt)["input_ids"]
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"The chat template refuses {str(chat)[:80]} ({reason}).") from error
+
+
+def is_rendered(tokenizer, prompt):
+    """Whether a text already went through the template: it holds the turns of user and answer."""
+    turns = turns_of(tokenizer)
+    opening = turns.opening.partition("<think>")[0].strip()
+    if not opening or not isinstance(prompt, str):
+        return False
+    user = turns.before.removeprefix(tokenizer.bos_token or "").strip().rpartition("\n")[2]
+    return user in prompt and opening in prompt
+
+
+def prompt_text(tokenizer, prompt):
+    """Text or list of chat messages -> text, up to where the completion begins."""
+    if not tokenizer.chat_template:
+        if not isinstance(prompt, str):
+            raise ValueError(
+                "The prompts are chat messages, but the tokenizer has no chat template: use plain "
+                "text."
+            )
+        return prompt
+    turns = turns_of(tokenizer)
+    if not is_rendered(tokenizer, prompt):
+        return _render(tokenizer, prompt, None, turns.wants_parts)
+    bos = tokenizer.bos_token or ""
+    if turns.before.startswith(bos):
+        return bos + prompt.removeprefix(bos)
+    return prompt
+
+
+def conversation_text(tokenizer, prompt, answer, ended=True):
+    """A prompt and its answer (a text, or a message) -> text, with the template's ending.
+
+    ended: False where the answer was cut off, and nothing comes behind it.
+    """
+    turns = turns_of(tokenizer)
+    if tokenizer.chat_template and not is_rendered(tokenizer, prompt):
+        text = _render(tokenizer, prompt, answer, turns.wants_parts)
+    else:
+        text = prompt_text(tokenizer, prompt) + _text_of(answer) + turns.ending
+    return text if ended else text.removesuffix(turns.ending)
+
+
+def _text_of(answer):
+    """Text of an answer, which is a text or a message."""
+    return answer if isinstance(answer, str) else content_text(answer.get("content"))
+
+
+def text_ids(tokenizer, text):
+    """Ids of a whole text. The template has written the BOS: a second one must not come."""
+    if tokenizer.chat_template:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text)["input_ids"]
     if ids[-1:] == [tokenizer.eos_token_id]:
         return ids[:-1]  # some tokenizers close every text with the EOS
     return ids
 
 
+def _ids_behind(tokenizer, text):
+    """Ids of a text that goes on from another one.
+
+    SentencePiece puts a space before a text that stands alone: it is tokenised behind a newline.
+    """
+    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not alone or not tokenizer.convert_ids_to_tokens(alone[0]).startswith(("\u2581", "\u0120")):
+        return alone
+    newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    joint = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+    if joint[: len(newline)] == newline:
+        return joint[len(newline) :]
+    return alone
+
+
+def encode_prompt(tokenizer, prompt):
+    """Text or list of chat messages -> list of token ids, up to where the completion begins.
+
+    With a chat template, a text is one user message, if it is not rendered already. Without one, a
+    text is taken as it is. The first message of a list may hold `tools`.
+    Raises ValueError where the template refuses the messages, or where there is no template.
+    """
+    return text_ids(tokenizer, prompt_text(tokenizer, prompt))
+
+
 def after_answer(tokenizer):
     """Ids that the chat template puts after an answer: the end of turn and perhaps a newline."""
-    if not tokenizer.chat_template:
-        return []
-    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "@@"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("@@")[2]
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return turns_of(tokenizer).ending_ids
 
 
 def end_of_turn(tokenizer):
-    """Id that closes a completion: the first special token of `after_answer`, else the EOS."""
-    for token in after_answer(tokenizer):
-        if token in tokenizer.added_tokens_decoder:
-            return token
-    return tokenizer.eos_token_id
+    """Id that closes a completion: the first special token of `after_answer`, or its only token
+    that is not blank; else the EOS."""
+    return turns_of(tokenizer).end
+
+
+def _without_end(tokenizer, answer):
+    """An answer (a text or a message) without an end of turn that its text already has."""
+    text = _text_of(answer)
+    for mark in (tokenizer.decode([end_of_turn(tokenizer)]), tokenizer.eos_token):
+        if mark and text.rstrip().endswith(mark):
+            text = text.rstrip().removesuffix(mark)
+    return text if isinstance(answer, str) else answer | {"content": text}
+
+
+def encode_answers(tokenizer, prompt, answers, ended=None):
+    """A prompt and its answers (texts, or messages) -> prompt ids, list of completion ids.
+
+    The template renders the whole conversation, which is tokenised once: a completion is what
+    follows the prompt's ids, through the end of turn. Where the tokens of the two run together, the
+    rest of the text is tokenised apart; where the rendering does not begin with the prompt's, or
+    has lost a part of the answer (a chain of thought), the answer itself is.
+    ended: a bool for each answer, False where the policy was cut off and wrote no end.
+    """
+    turns = turns_of(tokenizer)
+    begin = prompt_text(tokenizer, prompt)
+    prompt_ids = text_ids(tokenizer, begin)
+    rows = []
+    for i, given in enumerate(answers):
+        answer = _without_end(tokenizer, given)
+        has_end = ended is None or bool(ended[i])
+        with_ending = has_end and turns.end in turns.ending_ids
+        whole = conversation_text(tokenizer, prompt, answer, with_ending)
+        rest = whole.removeprefix(begin)
+        if not whole.startswith(begin) or not _holds(rest, _text_of(answer), has_end):
+            row = _ids_behind(tokenizer, _behind_think(begin, _text_of(answer)))
+            with_ending = False
+        else:
+            row = text_ids(tokenizer, whole)
+            if row[: len(prompt_ids)] == prompt_ids:
+                row = row[len(prompt_ids) :]
+            else:
+                row = _ids_behind(tokenizer, rest)
+        if with_ending:  # without the newline that some templates put behind it
+            row = row[: len(row) - row[::-1].index(turns.end)]
+        elif has_end or not row:
+            row = [*row, turns.end]
+        rows.append(row)
+    return prompt_ids, rows
+
+
+def _holds(rest, answer, has_end):
+    """Whether a rendering holds an answer, but for white space; where it was cut off, as it is."""
+    if not has_end:
+        return rest.startswith(answer)
+    return "".join(answer.split()) in "".join(rest.split())
+
+
+def _behind_think(begin, answer):
+    """An answer without its <think> where the prompt has opened that block."""
+    if begin.rstrip().endswith("<think>") and answer.lstrip().startswith("<think>"):
+        return answer.lstrip().removeprefix("<think>").lstrip("\n")
+    return answer
 
 
 def encode(tokenizer, prompts, completions, max_length=None, ended=None):
     """P prompts (texts or chats), and for each of them a list of completion texts -> Batch.
 
-    The two are tokenised apart, so that a prompt has the same tokens as in generation. Each
-    completion gets the end of turn, except where `max_length` tokens (prompt included) cut it, or
-    where `ended` (R booleans) is False: there the policy was cut off and wrote no end.
+    The ids are those of `encode_answers`. Each completion gets the end of turn, except where
+    `max_length` tokens (prompt included) cut it, or where `ended` (R booleans) is False: there the
+    policy was cut off and wrote no end.
     Raises ValueError where a prompt fills max_length.
     """
-    end = end_of_turn(tokenizer)
-    prompt_rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    prompt_rows = []
     completion_rows = []
     prompt_of = []
-    for i, (prompt_row, texts) in enumerate(zip(prompt_rows, completions, strict=True)):
+    for i, (prompt, texts) in enumerate(zip(prompts, completions, strict=True)):
+        first = len(completion_rows)
+        of_these = None if ended is None else ended[first : first + len(texts)]
+        prompt_row, rows = encode_answers(tokenizer, prompt, texts, of_these)
         room = None if max_length is None else max_length - len(prompt_row)
         if room is not None and room <= 0:
             raise ValueError(
                 f"A prompt of {len(prompt_row)} tokens leaves no room for a completion in "
                 f"{max_length} tokens."
             )
-        for text in texts:
-            row = tokenizer(text, add_special_tokens=False)["input_ids"]
-            has_end = ended is None or ended[len(completion_rows)]
-            if has_end or not row:
-                row = [*row, end]
-            completion_rows.append(row[:room])
-            prompt_of.append(i)
+        prompt_rows.append(prompt_row)
+        completion_rows += [row[:room] for row in rows]
+        prompt_of += [i] * len(rows)
     return Batch(*pad(prompt_rows, "left"), *pad(completion_rows, "right"), torch.tensor(prompt_of))
 
 
@@ -188,14 +385,21 @@ def encode_steps(tokenizer, prompt, steps, separator, close=None):
 
     The end of a step is the place, in the completion, of the last token of its separator. Steps are
     tokenised apart, so that no token belongs to two of them. Without a separator every token is a
-    step. close: ids to put after the last step; None: the end of turn.
+    step, and one text has the ids of `encode_answers`.
+    close: ids to put after the last step; None: the end of turn.
     """
+    has_end = close is None
+    if not separator and len(steps) == 1:
+        prompt_ids, [ids] = encode_answers(tokenizer, prompt, steps, [has_end])
+        if steps[0] and not has_end:
+            ids = ids + close
+        return prompt_ids, ids, list(range(len(ids)))
     ids = []
     ends = []
     for text in steps:
-        ids += tokenizer(text + separator, add_special_tokens=False)["input_ids"]
+        ids += _ids_behind(tokenizer, text + separator)
         ends.append(len(ids) - 1)
-    if close is None or not ids:
+    if has_end or not ids:
         ids.append(end_of_turn(tokenizer))
     else:
         ids += close
@@ -227,14 +431,22 @@ def _call(model, net, ids, mask, cache=None, keep=0):
     options = {}
     if net is model:
         options["logits_to_keep"] = keep
+    attention_mask = mask.long()
+    if cache is not None and ids.shape[1] == 1:
+        kinds = {type(layer).__name__ for layer in cache.layers}
+        if kinds == {
+            "LinearAttentionLayer"
+        }:  # without attention it would mask the new token's state
+            attention_mask = None
     # Releases of transformers 5 differ in the name of this argument
     known = inspect.signature(net.forward).parameters
-    cache_name = "cache" if "cache" in known else "past_key_values"
+    names = [name for name in ("cache", "cache_params") if name in known]
+    cache_name = names[0] if names else "past_key_values"
     options[cache_name] = cache
     with _autocast(model):
         return net(
             input_ids=ids,
-            attention_mask=mask.long(),
+            attention_mask=attention_mask,
             position_ids=positions,
             use_cache=cache is not None,
             **options,
@@ -247,6 +459,18 @@ WORTH_SHARING = 200  # sharing needs a second pass, which costs about as much as
 PASS_TOKENS = 2048  # prompt tokens in one pass: more would take memory and not be faster
 
 
+def _keeps_keys_only(model):
+    """Whether the model's memory of a prompt is the keys and values of its tokens.
+
+    Recurrent and convolution states (Mamba, Qwen3.5, LFM2 ...) are those of the last token: they
+    cannot be joined from several passes, and are not extended by several tokens at once.
+    """
+    layers = transformers.DynamicCache(config=model.config).layers
+    plain = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}  # Dummy: shares another's
+    all_known = len(layers) >= model.config.get_text_config().num_hidden_layers
+    return all_known and {type(layer).__name__ for layer in layers} <= plain
+
+
 def _prompt_cache(model, net, batch, num_tokens):
     """Compute the first `num_tokens` columns of the prompts once.
 
@@ -257,19 +481,16 @@ def _prompt_cache(model, net, batch, num_tokens):
     lengths = mask.sum(1).clamp(min=1).tolist()
 
     # 1. Plan: prompts of like length share a pass. In one pass of all, most would be padding.
-    passes = _plan_passes(lengths)
+    if _keeps_keys_only(model):
+        passes = _plan_passes(lengths)
+    else:
+        passes = [_longest_first(lengths)]
 
     # 2. Compute: one forward for each pass, without the columns that are padding in all of it
     caches = []
     outputs = []
     for prompts in passes:
         cache = transformers.DynamicCache(config=model.config)
-        for layer in cache.layers:
-            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-                raise ValueError(
-                    "This model keeps states that cannot be repeated for the completions of a "
-                    "prompt."
-                )
         # The first pass, of the longest prompts, has all columns: the others are padded to it
         start = num_tokens - lengths[prompts[0]] if caches else 0
         rows = torch.tensor(prompts, device=ids.device)
@@ -280,7 +501,7 @@ def _prompt_cache(model, net, batch, num_tokens):
     # 3. Join: the keys and values of all passes, padded on the left to the longest
     joined = caches[0]
     for i, layer in enumerate(joined.layers):
-        if len(caches) > 1 and layer.is_initialized:
+        if len(caches) > 1 and layer.is_initialized and layer.keys is not None:
             layer.keys = _join([cache.layers[i].keys for cache in caches])
             layer.values = _join([cache.layers[i].values for cache in caches])
 
@@ -291,10 +512,14 @@ def _prompt_cache(model, net, batch, num_tokens):
     return joined, torch.cat(outputs)[place]
 
 
+def _longest_first(lengths):
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+
 def _plan_passes(lengths):
     """Lengths of prompts -> lists of prompts, the longest first, that share a forward pass."""
     passes = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for i in _longest_first(lengths):
         if passes and (len(passes[-1]) + 1) * lengths[passes[-1][0]] <= PASS_TOKENS:
             passes[-1].append(i)
         else:
@@ -325,7 +550,8 @@ def _outputs(model, net, batch, num_tokens, share_prompts):
     # Recomputing activations in the backward pass allows no cache
     recompute = torch.is_grad_enabled() and getattr(model, "recompute", False)
     cache = None
-    if share_prompts and saved_tokens > WORTH_SHARING and not recompute:
+    worth_it = share_prompts and saved_tokens > WORTH_SHARING and not recompute
+    if worth_it and _keeps_keys_only(model):
         cache, _ = _prompt_cache(model, net, batch, before)
         ids = ids[:, before:]
     outputs = _call(model, net, ids, mask, cache, keep=num_tokens + 1)
@@ -495,7 +721,7 @@ def generate(
             if len(keep) == 0 or t + 1 == max_new_tokens:
                 break
             if len(keep) <= 0.75 * len(rows):  # not whenever one ends: each time copies the cache
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
                 rows = rows[keep]
                 token = token[keep]
                 mask = mask[keep]

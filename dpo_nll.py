@@ -42,12 +42,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import completion_logps, encode, encode_prompt, fixed_logps, generate
+from common import completion_logps, encode, encode_answers, fixed_logps, generate
 from plumbing import (
     Run,
     answer_text,
     check_finite,
     check_prompts,
+    check_texts,
     greedy_rewards,
     is_verified,
     kl_from_start,
@@ -59,6 +60,7 @@ from plumbing import (
     load_tokenizer,
     pick_device,
     run_script,
+    show_batch,
     stop,
     stop_on_error,
     with_ended,
@@ -76,6 +78,9 @@ class Args:
     """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
     eval_prompts: str = ""
     """rows with `prompt`, and what --reward reads: they are answered greedily at each evaluation"""
+    show_rows: int = 0
+    """number of rows to print as the model gets them, with the places where the loss counts; then
+    the program ends; 0: train"""
 
     output_dir: str = "runs/dpo_nll"  # folder for metrics, pairs, samples, checkpoint, final model
     resume: bool = False  # continue from the checkpoint in --output-dir, with the same flags
@@ -232,8 +237,7 @@ def verifier(prompts, completions, rows):
     """1.0 where the last number of the completion equals the row's `answer`, else 0.0."""
     rewards = []
     for text, row in zip(completions, rows, strict=True):
-        answer = float(str(row["answer"]).replace(",", ""))
-        rewards.append(float(last_number(text) == answer))
+        rewards.append(float(last_number(text) == last_number(str(row["answer"]))))
     return rewards
 
 
@@ -261,6 +265,8 @@ def read_pairs(path, loss):
             gap = 0.0
             if needs_scores:
                 gap = float(row["score_chosen"]) - float(row["score_rejected"])
+            if not math.isfinite(margin + gap):
+                raise ValueError(f"margin {margin}, difference of scores {gap}: not finite")
         pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
         pairs.append(pair | {"margin": margin, "gap": gap})
     return pairs
@@ -274,12 +280,12 @@ def keep_different(pairs, tokenizer, max_length, name):
     kept = []
     num_cut = 0
     for pair in pairs:
-        room = max_length - len(encode_prompt(tokenizer, pair["prompt"]))
         texts = [pair["chosen"], pair["rejected"]]
-        chosen, rejected = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompt_ids, [chosen, rejected] = encode_answers(tokenizer, pair["prompt"], texts)
+        room = max_length - len(prompt_ids)
         if room > 0 and chosen[:room] != rejected[:room]:
             kept.append(pair)
-            num_cut += (len(chosen) >= room) + (len(rejected) >= room)
+            num_cut += (len(chosen) > room) + (len(rejected) > room)
     num_dropped = len(pairs) - len(kept)
     if num_cut or num_dropped:
         print(
@@ -304,7 +310,7 @@ def sample_groups(policy, tokenizer, score, rows, args):
         prompts = [row["prompt"] for row in part]
         sampling = (G, args.max_new_tokens, args.temperature)
         batch, texts, ended = generate(policy, tokenizer, prompts, *sampling)
-        row_of_each = with_ended([part[i] for i in batch.prompt_of.tolist()], ended)
+        row_of_each = with_ended(part, ended, batch, tokenizer)
         values = score([row["prompt"] for row in row_of_each], texts, row_of_each)
         ended = ended.tolist()
         rewards += values
@@ -377,8 +383,15 @@ def all_logps(model, tokenizer, pairs, max_length, args):
 # --- Training -------------------------------------------------------------------------------------
 
 
-def check_margins(args, pairs):
-    """Stop where --margin-scale has nothing to scale."""
+def check_args(args, pairs):
+    """Stop where flags contradict each other, or --margin-scale has nothing to scale."""
+    if args.loss != "rebel" and not args.beta:
+        stop("--beta 0: without it the loss does not see the policy")
+    if args.iterations and (args.num_generations < 2 or not args.temperature):
+        stop(
+            f"--num-generations {args.num_generations} --temperature {args.temperature}: a pair "
+            "needs two sampled completions of a prompt"
+        )
     if args.margin_scale:
         has_margins = any(pair["margin"] for pair in pairs)
         if args.loss != "dpo" or not has_margins:
@@ -388,7 +401,7 @@ def check_margins(args, pairs):
             )
 
 
-def load_data(args, tokenizer, max_length):
+def load_data(args, tokenizer, policy, max_length):
     """-> rows to sample from with --iterations, pairs, held-out pairs, rows to answer."""
     columns = ["prompt", "answer"] if is_verified(args) else ["prompt"]
     eval_rows = []
@@ -397,9 +410,13 @@ def load_data(args, tokenizer, max_length):
     if args.iterations:
         return load_rows(args.dataset, *columns), [], [], eval_rows
     pairs, eval_pairs = load_splits(args, lambda path: read_pairs(path, args.loss))
+    check_texts(tokenizer, policy, pairs + eval_pairs)
     pairs = keep_different(pairs, tokenizer, max_length, args.dataset)
     eval_name = args.eval_dataset or "held out"
     eval_pairs = keep_different(eval_pairs, tokenizer, max_length, eval_name)
+    if args.show_rows:
+        batch, _, _ = collate(pairs[: args.show_rows], tokenizer, max_length)
+        show_batch(tokenizer, batch, batch.completion_mask)
     return [], pairs, eval_pairs, eval_rows
 
 
@@ -455,10 +472,10 @@ def main(args: Args):
     recompute = args.gradient_checkpointing
     policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
     max_length = min(args.max_length, policy.context)
-    rows, pairs, eval_pairs, eval_rows = load_data(args, tokenizer, max_length)
-    check_margins(args, pairs)
+    rows, pairs, eval_pairs, eval_rows = load_data(args, tokenizer, policy, max_length)
+    check_args(args, pairs)
     policy.context = max_length  # what is sampled must fit in training, too
-    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
+    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     num_pairs = args.num_pairs if args.iterations else len(pairs)
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
     ref = None if args.precompute_ref else load_model(*load_again)

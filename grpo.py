@@ -33,6 +33,8 @@ How the code departs from the print:
 To use it elsewhere, copy this file, common.py and plumbing.py, and pass --model and --dataset.
 """
 
+import bisect
+import functools
 import random
 import time
 from dataclasses import dataclass
@@ -70,6 +72,9 @@ class Args:
     verifier"""
     eval_dataset: str = ""
     """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
+    show_rows: int = 0
+    """number of rows to print as the model gets them, with the places where the loss counts; then
+    the program ends; 0: train"""
 
     output_dir: str = "runs/grpo"  # folder for metrics, samples, curves, checkpoint and final model
     resume: bool = False  # continue from the checkpoint in --output-dir, with the same flags
@@ -87,7 +92,7 @@ class Args:
     """verifier: 1 if the last number of the completion is the row's `answer`, else 0; or
     FILE.py:function, which gets three lists (prompts, completions, rows) and returns one number per
     completion (a list of numbers with process supervision); rows[i]["ended"] is False if completion
-    i was cut off"""
+    i was cut off, and rows[i]["raw"] is its text with special tokens"""
     reward_model: str = ""  # folder or hub name of a reward model, used instead of --reward
     missing_eos_penalty: float | None = None
     """the reward of a completion that hits --max-new-tokens is set to minus this value (Huang et
@@ -244,26 +249,33 @@ def verifier(prompts, completions, rows):
     """1.0 where the last number of the completion equals the row's `answer`, else 0.0."""
     rewards = []
     for text, row in zip(completions, rows, strict=True):
-        answer = float(str(row["answer"]).replace(",", ""))
-        rewards.append(float(last_number(text) == answer))
+        rewards.append(float(last_number(text) == last_number(str(row["answer"]))))
     return rewards
 
 
 # --- Process supervision: where the steps are -----------------------------------------------------
 
 
-def step_ends(pieces, separator):
-    """Texts of a completion's tokens -> place of the last token of each step that is not blank."""
+def step_ends(ids, separator, decode):
+    """Ids of a completion -> place of the last token of each step that is not blank.
+
+    Steps are parts of the text, and may end within a token. The token is found by bisection: the
+    first with which the text decoded so far reaches the end of the separator. decode: ids -> text.
+    """
+
+    def characters(i):
+        return len(decode(ids[: i + 1]).rstrip("\ufffd"))  # half a character is none yet
+
     ends = []
-    text = ""  # of the step that is not yet ended
-    for i, piece in enumerate(pieces):
-        steps = (text + piece).split(separator)
-        text = steps.pop()
-        for step in steps:  # a token may end more than one
-            if step.strip():
-                ends.append(i)
-    if text.strip():
-        ends.append(len(pieces) - 1)
+    end = 0  # of a step, in characters
+    steps = decode(ids).split(separator)
+    for step in steps[:-1]:
+        end += len(step + separator)
+        if step.strip():
+            place = bisect.bisect_left(range(len(ids)), end, key=characters)
+            ends.append(min(place, len(ids) - 1))
+    if steps[-1].strip():  # what has no separator behind it ends with the completion
+        ends.append(len(ids) - 1)
     return ends
 
 
@@ -275,14 +287,14 @@ def process_rewards(values, batch, tokenizer, separator):
     most = max([1, *map(len, values)])
     rewards = torch.zeros(len(values), most)
     ends = torch.full((len(values), most), -1)
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
     for i, step_rewards in enumerate(values):
         ids = batch.completion_ids[i, batch.completion_mask[i]].tolist()
-        pieces = tokenizer.batch_decode([[token] for token in ids], skip_special_tokens=True)
-        places = step_ends(pieces, separator)
+        places = step_ends(ids, separator, decode)
         if len(places) != len(step_rewards):
             stop(
                 f"the reward gave {len(step_rewards)} numbers for the {len(places)} steps, by "
-                f"--step-separator, of {''.join(pieces)[:80]!r}"
+                f"--step-separator, of {decode(ids)[:80]!r}"
             )
         rewards[i, : len(places)] = torch.tensor(step_rewards)
         ends[i, : len(places)] = torch.tensor(places)
@@ -326,7 +338,7 @@ def main(args: Args):
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
     policy = load_model(*load_again, args.gradient_checkpointing)
     ref = load_model(*load_again) if args.beta else None
-    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
+    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     lr = args.learning_rate
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
     updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions
@@ -347,7 +359,7 @@ def main(args: Args):
         prompts = [row["prompt"] for row in drawn]
         sampling = (G, args.max_new_tokens, args.temperature)
         batch, texts, ended = generate(policy, tokenizer, prompts, *sampling)
-        row_of_each = with_ended([drawn[i] for i in batch.prompt_of.tolist()], ended)
+        row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
         values = score(prompts, texts, row_of_each)
         scores = one_number(values).to(device)
@@ -426,7 +438,7 @@ def main(args: Args):
             metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask)}
         if has_gold:
             metrics["gold_reward"] = torch.tensor(verifier(prompts, texts, row_of_each)).mean()
-        run.log(metrics, "reward", "kl", "completion_length")
+        run.log(metrics, "reward", "gold_reward", "kl", "completion_length")
         shown = values if by_step else scores.tolist()
         run.samples(prompts[::G], texts[::G], shown[::G])
         if step % args.eval_every == 0 or step == args.num_steps:

@@ -7,38 +7,48 @@ an exit code in `run_script`.
 
 import ast
 import contextlib
+import copy
 import dataclasses
+import hashlib
+import importlib.util
 import inspect
 import json
 import math
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import sys
 import time
 import traceback
+import unicodedata
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import transformers
 import tyro
+from torch.nn.functional import pad as pad_tensor
 from tqdm import tqdm
 
 from common import (
     Batch,
-    after_answer,
+    _autocast,
+    _call,
     completion_scores,
+    content_text,
+    conversation_text,
     encode_prompt,
     encode_steps,
     end_of_turn,
     fixed_logps,
     generate,
+    is_rendered,
     kl_estimate,
     pad,
+    text_ids,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -57,15 +67,18 @@ def stop(message):
 
 @contextlib.contextmanager
 def stop_on_error(saying):
-    """Turn any other exception into UserError: `saying`, what the exception was, and where."""
+    """Turn any other exception into UserError: `saying`, what it was, where in a user's file."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{Path(last.filename).name}:{last.lineno}"
-        stop(f"{saying} ({type(error).__name__}: {error}; {place})")
+        place = f"; {Path(last.filename).name}:{last.lineno}"
+        of_library = last.filename.startswith(("<", sys.prefix, sys.base_prefix))
+        if of_library or Path(last.filename).resolve().parent == ROOT:
+            place = ""  # a line that the user did not write helps nobody
+        stop(f"{saying} ({type(error).__name__}: {error}{place})")
 
 
 def quieten_transformers():
@@ -89,6 +102,13 @@ def run_script(main, Args, toy):
         if raised_in.parent != ROOT:
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        print(
+            f"{Path(sys.argv[0]).name}: stopped at once; --resume goes on from the last "
+            "checkpoint, where there is one",
+            file=sys.stderr,
+        )
+        sys.exit(130)
 
 
 # --- Flags ----------------------------------------------------------------------------------------
@@ -114,6 +134,51 @@ HEADINGS = {
 }
 
 
+# Smallest and largest sensible value; of other numbers it is 0, or 1 where something is counted
+RANGES = {
+    "seed": (0, 2**63 - 1),
+    "learning_rate": (0, 1),
+    "critic_learning_rate": (0, 1),
+    "weight_decay": (0, 1),
+    "warmup_ratio": (0, 1),
+    "label_smoothing": (0, 0.5),
+    "gamma": (0, 1),
+    "lam": (0, 1),
+    "moving_decay": (0, 1),
+    "temperature": (0, 100),
+    "eta": (1e-9, math.inf),
+    "kl_horizon": (1, math.inf),
+    "rounds": (1, math.inf),
+}
+COUNTS = ("num_", "max_", "micro_", "batch_", "ptx_batch_", "checkpoint_every", "eval_every")
+
+
+def range_of(name, kind):
+    """Smallest and largest value of a flag of type int or float."""
+    if name in RANGES:
+        return RANGES[name]
+    if kind is int and name.startswith(COUNTS):
+        return 1, math.inf
+    return 0, math.inf
+
+
+def check_flags(args):
+    """Stop at a number that is not finite, or outside its range."""
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        flag = f"--{name.replace('_', '-')} {value}"
+        least, most = range_of(name, type(value))
+        if not math.isfinite(value):
+            stop(f"{flag}: must be a finite number")
+        if value < least:
+            stop(f"{flag}: must be at least {least}")
+        if value > most:
+            stop(f"{flag}: must be at most {most}")
+        if name == "temperature" and 0 < value < 0.01:
+            stop(f"{flag}: must be at least 0.01, or 0 for the likeliest tokens")
+
+
 def parse_args(Args, toy):
     """Command line -> Args. Without --model the defaults are `toy`, its paths counted from here."""
     given = {argument.split("=")[0] for argument in sys.argv[1:]}
@@ -129,7 +194,7 @@ def parse_args(Args, toy):
         defaults |= {"model": toy["model"], "dataset": toy["dataset"]}
     elif "--model" not in given:
         defaults |= toy_values
-    lines = ["Without --model the script trains the toy, with these defaults:"]
+    lines = ["Without --model the script trains the toy, with these values for the defaults below:"]
     for name, value in toy.items():
         lines.append(f"  --{name.replace('_', '-')} {value}")
     grouped = tyro.cli(_grouped(Args, defaults), description="\n".join(lines))
@@ -146,7 +211,11 @@ def _grouped(Args, defaults):
     heading = ""
     for flag in dataclasses.fields(Args):
         heading = HEADINGS.get(flag.name, heading)
-        kind = Annotated[flag.type, tyro.conf.arg(help=help_texts[flag.name])]
+        help_text = help_texts[flag.name]
+        if flag.name in RANGES:
+            least, most = RANGES[flag.name]
+            help_text += f" [{least} or more]" if most > 1e9 else f" [{least} to {most}]"
+        kind = Annotated[flag.type, tyro.conf.arg(help=help_text)]
         if flag.name in defaults:
             entry = (flag.name, kind, dataclasses.field(default=defaults[flag.name]))
         else:
@@ -182,10 +251,14 @@ def load_rows(path, *columns):
 
     columns: names that no row may lack or leave empty; a tuple names alternatives.
     """
-    if Path(path).is_file():
+    if os.path.isfile(path):
         lines = Path(path).read_bytes().splitlines()
-    else:
+    elif os.path.isdir(path):
+        stop(f"{path}: is a folder; it needs a file of JSON Lines")
+    elif "/" in str(path) and not str(path).endswith((".json", ".jsonl")):
         lines = _hub_lines(path)
+    else:
+        stop(f"{path}: no such file")
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -193,21 +266,141 @@ def load_rows(path, *columns):
         where = f"{path}, line {number}"
         with stop_on_error(f"{where}: no JSON object; it needs one per line"):
             row = {**json.loads(line)}
+        _check_texts(row, where)
         for names in columns:
             _check_column(row, names, where)
-        rows.append(row)
+        rows.append(_with_prompt_columns(row, where))
     if not rows:
         stop(f"{path}: no rows")
+    _name_roles(rows, path)
+    in_prompt = [name for name in ("system", "tools") if any(row.get(name) for row in rows)]
+    if in_prompt:
+        print(f"{path}: the columns that go into the prompt: {', '.join(in_prompt)}")
+    if "chosen" in str(columns):
+        _cut_repeated_prompts(rows, path)
     return rows
 
 
 def _hub_lines(path):
     """The rows of a data set of the hub as lines of JSON."""
-    with stop_on_error(f"{path}: no such file (for the hub: no such data set, or no `datasets`)"):
+    try:
         from datasets import load_dataset
-
+    except ImportError:
+        stop(f'{path}: no such file; a data set of the hub needs pip install -e ".[hub]"')
+    with stop_on_error(f"{path}: no such file, and no such data set on the hub"):
         name, _, split = path.partition(":")
         return [json.dumps(row) for row in load_dataset(name, split=split or "train")]
+
+
+MESSAGES = ("prompt", "messages")  # a prompt may also be a text
+ANSWERS = ("completion", "response", "chosen", "rejected")  # texts, or lists of messages
+LISTS = ("completions", "ranks", "steps", "labels")
+
+
+def _check_texts(row, where):
+    """Stop where a column that all scripts read alike has a value of the wrong kind."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        stop(
+            f"{where}: half of a surrogate pair (\\ud800 to \\udfff) stands in it, which is no text"
+        )
+    for name in (*MESSAGES, *ANSWERS):
+        value = row.get(name)
+        if isinstance(value, list):
+            _check_messages(value, name, where)
+        elif value is not None and not (isinstance(value, str) and name != "messages"):
+            stop(f"{where}: {name} is {str(value)[:80]!r}, not a text or a list of messages")
+    for name in LISTS:
+        if row.get(name) is not None and not isinstance(row[name], list):
+            stop(f"{where}: {name} is {str(row[name])[:80]!r}, not a list")
+    if not isinstance(row.get("text", ""), str | None):
+        stop(f"{where}: text is {str(row['text'])[:80]!r}, not a text")
+    if isinstance(row.get("ended"), str | dict):  # of several completions it is a list
+        stop(f"{where}: ended is {str(row['ended'])[:80]!r}, not true or false")
+
+
+def _check_messages(messages, name, where):
+    """Stop at what is no message: an object with a role and a content."""
+    for message in messages:
+        is_message = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not is_message:
+            stop(f"{where}: {name} has {str(message)[:80]!r}, where a message has role and content")
+        if message["role"] in ("user", "system") and not message.get("content"):
+            stop(f"{where}: {name} has a turn of the {message['role']} without content")
+        with stop_on_error(f"{where}: {name} cannot be read"):
+            content_text(message.get("content"))
+
+
+def _with_prompt_columns(row, where):
+    """A row whose `system` and `tools` have gone into its prompt or messages.
+
+    The system's text becomes the first message; the tools are a key of the first message.
+    """
+    name = "messages" if row.get("messages") else "prompt"
+    chat = row.get(name)
+    system = row.get("system")
+    tools = row.get("tools")
+    if not chat or not (system or tools):
+        return row
+    if isinstance(chat, str):
+        chat = [{"role": "user", "content": chat}]
+    if system:
+        if not isinstance(system, str) or chat[0]["role"] == "system":
+            stop(f"{where}: its column system is no text, or {name} has a system message already")
+        chat = [{"role": "system", "content": system}, *chat]
+    if tools:
+        if isinstance(tools, str):
+            with stop_on_error(f"{where}: its tools are no JSON"):
+                tools = json.loads(tools)
+        chat = [chat[0] | {"tools": tools}, *chat[1:]]
+    return row | {name: chat}
+
+
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+
+
+def _name_roles(rows, path):
+    """Give roles the names that chat templates know, and say which were others."""
+    others = set()
+    for row in rows:
+        for name in (*MESSAGES, *ANSWERS):
+            if not isinstance(row.get(name), list):
+                continue
+            messages = []
+            for message in row[name]:
+                role = message["role"].strip().lower()
+                role = ROLES.get(role, role)
+                if role not in ("user", "assistant", "system"):
+                    role = message["role"]
+                if role != message["role"]:
+                    others.add(f"{message['role']} as {role}")
+                messages.append(message | {"role": role})
+            row[name] = messages
+    if others:
+        print(f"{path}: roles are read so: {', '.join(sorted(others))}", file=sys.stderr)
+
+
+def _cut_repeated_prompts(rows, path):
+    """Cut the prompt off chosen and rejected where all of them begin with it, and say so."""
+    cut = []
+    for row in rows:
+        prompt = row.get("prompt")
+        texts = [row.get("chosen"), row.get("rejected")]
+        for text in texts:
+            if not isinstance(prompt, str) or not isinstance(text, str):
+                return
+            if not text.startswith(prompt) or text == prompt:
+                return
+        cut.append([text.removeprefix(prompt) for text in texts])
+    if len(rows) < 8:
+        return  # a few answers may begin so by chance
+    for row, (chosen, rejected) in zip(rows, cut, strict=True):
+        row |= {"chosen": chosen, "rejected": rejected}
+    print(
+        f"{path}: chosen and rejected repeat the prompt in each of the {len(rows)} rows: it is cut "
+        "off there"
+    )
 
 
 def _check_column(row, names, where):
@@ -221,6 +414,8 @@ def _check_column(row, names, where):
             break
     if value == [] or not str(value).strip():
         stop(f"{where}: no {' or '.join(names)}, or an empty one; it has {', '.join(row)}")
+    if names == ("answer",) and not is_number(value):
+        stop(f"{where}: its answer {str(value)[:80]!r} is not one number, as the verifier needs it")
 
 
 def load_splits(args, read):
@@ -231,7 +426,10 @@ def load_splits(args, read):
     """
     rows = read(args.dataset)
     if args.eval_dataset:
-        return rows, read(args.eval_dataset)
+        held_out = read(args.eval_dataset)
+        if held_out == rows:
+            print(f"{args.eval_dataset}: the rows of --dataset: evaluation says nothing of others")
+        return rows, held_out
     rows, held_out = hold_out(rows, args.eval_size, args.seed)
     if args.eval_size and not held_out:
         print(f"{args.dataset}: under ten prompts, so none is held out and nothing evaluated")
@@ -290,27 +488,40 @@ def answer_text(answer, prompt):
     if isinstance(answer, str):
         return answer
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    earlier = answer[:-1]
-    if (earlier and earlier != chat) or answer[-1]["role"] != "assistant":
+    without_system = [message for message in chat if message["role"] != "system"]
+    earlier = _said(answer[:-1])
+    is_known = earlier in ([], _said(chat), _said(without_system))
+    if not is_known or answer[-1]["role"] != "assistant":
         raise ValueError(
             "the answer's messages before its last are not those of the prompt, or the last is not "
             "the assistant's: `prompt` needs all earlier turns"
         )
-    return answer[-1]["content"]
+    return content_text(answer[-1].get("content"))
+
+
+def _said(messages):
+    """Who said what: messages may have more keys, which say nothing here."""
+    return [(message["role"], content_text(message.get("content"))) for message in messages]
 
 
 def has_answers(rows):
     """Whether every row has an `answer` that is a number, as a verifier needs it."""
-    try:
-        answers = [float(str(row["answer"]).replace(",", "")) for row in rows]
-    except (KeyError, ValueError):
-        return False
-    return all(math.isfinite(answer) for answer in answers)
+    return all(is_number(row.get("answer")) for row in rows)
 
 
-def with_ended(rows, ended):
-    """Add `ended`, False where a completion was cut off, to R rows: rewards read it."""
-    return [row | {"ended": end} for row, end in zip(rows, ended.tolist(), strict=True)]
+def with_ended(rows, ended, batch=None, tokenizer=None):
+    """Add what rewards read to R rows: `ended`, False where a completion was cut off; and `raw`.
+
+    batch: the completions. Then the rows are those of its P prompts, and are repeated for each
+    completion; `raw` is the text of the completion with its special tokens.
+    """
+    if batch is None:
+        return [row | {"ended": end} for row, end in zip(rows, ended.tolist(), strict=True)]
+    row_of_each = []
+    for i, p in enumerate(batch.prompt_of.tolist()):
+        raw = tokenizer.decode(batch.completion_ids[i, batch.completion_mask[i]].tolist())
+        row_of_each.append(rows[p] | {"ended": bool(ended[i]), "raw": raw})
+    return row_of_each
 
 
 # --- Device, tokenizer and model ------------------------------------------------------------------
@@ -327,11 +538,28 @@ def pick_device(device="auto"):
         return torch.empty(0, device=device).device
 
 
-def load_tokenizer(path):
-    """Tokenizer of a model folder or hub name. One without an EOS is refused."""
-    with stop_on_error(f"{path}: no tokenizer there, in a model folder or on the hub"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    if tokenizer.eos_token_id is None:
+@contextlib.contextmanager
+def _stop_without(kind, path):
+    """Say what is missing in a folder, or on the hub, where a model or a tokenizer is loaded."""
+    if os.path.exists(Path(path) / "final" / "config.json"):
+        stop(f"{path}: no {kind} in it; did you mean {Path(path) / 'final'}?")
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            stop(f"{path}: needs code of its own, and these scripts run none (trust_remote_code)")
+        if not os.path.isdir(path):
+            stop(f"{path}: no such folder, and no such {kind} on the hub")
+        stop(f"{path}: no {kind} in it that can be loaded ({type(error).__name__}: {error})")
+
+
+def load_tokenizer(path, needs_eos=True):
+    """Tokenizer of a model folder or hub name. One without an EOS is refused where it needs one."""
+    with _stop_without("tokenizer", path):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if needs_eos and tokenizer.eos_token_id is None:
         stop(f"{path}: its tokenizer has no EOS, so no completion could end; set its eos_token")
     return tokenizer
 
@@ -348,15 +576,92 @@ def set_other_pad(tokenizer):
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(min(others))
 
 
-def check_prompts(tokenizer, model, rows, max_new_tokens):
-    """Stop where a prompt is empty, or with its completion does not fit in the model's context."""
+def check_vocabulary(tokenizer, model, rows):
+    """Stop at a row with a token that the model has no embedding for: it would fail later."""
+    size = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) <= size:
+        return
+    if max(encode_prompt(tokenizer, "x")) >= size or end_of_turn(tokenizer) >= size:
+        stop(f"the tokenizer's turns have tokens beyond the model's {size} embeddings")
+    unknown = [token for token, number in tokenizer.get_vocab().items() if number >= size]
+    for row in rows:
+        text = json.dumps(row, ensure_ascii=False, default=str)
+        for token in unknown:
+            if token in text:
+                stop(f"{token!r} is beyond the model's {size} embeddings: {text[:80]}")
+
+
+def check_texts(tokenizer, model, rows):
+    """Stop at tokens the model does not know, and say which prompts are not put in the template."""
+    check_vocabulary(tokenizer, model, rows)
+    rendered = [row for row in rows if is_rendered(tokenizer, row.get("prompt"))]
+    if rendered:
+        print(
+            f"{len(rendered)} of {len(rows)} prompts hold the turns of the chat template already: "
+            "they are taken as they are"
+        )
+    chats = [row.get("messages") or row.get("prompt") for row in rows]
+    has_tools = any(isinstance(chat, list) and chat[0].get("tools") for chat in chats)
+    if has_tools and "tools" not in str(tokenizer.chat_template):
+        print("warning: the chat template does not read tools: they are not in the prompts")
+
+
+def check_prompts(tokenizer, model, rows, max_new_tokens, show=0):
+    """Stop where a prompt is empty, or with its completion does not fit in the model's context.
+
+    show: number of prompts to print as the model gets them, and then to stop.
+    """
+    check_texts(tokenizer, model, rows)
     for row in rows:
         length = len(encode_prompt(tokenizer, row["prompt"]))
         if not 0 < length <= model.context - max_new_tokens:
             stop(
                 f"a prompt of {length} tokens with --max-new-tokens {max_new_tokens} does not fit "
-                f"in the model's {model.context}: {str(row['prompt'])[:80]!r}"
+                f"in the model's {model.context} (at most {model.context - length}): "
+                f"{str(row['prompt'])[:80]!r}"
             )
+    if show:
+        prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows[:show]]
+        show_rows(tokenizer, [(prompt, [], []) for prompt in prompts])
+
+
+def show_rows(tokenizer, rows):
+    """Print prompts and completions as the model gets them, and end the program.
+
+    rows: (prompt ids, completion ids, for each of these whether the loss counts there). A stretch
+    in which it counts stands between >>> and <<<. Without a completion: it will be sampled.
+    """
+    for number, (prompt_ids, ids, counts) in enumerate(rows, 1):
+        print(f"--- row {number}: prompt, {len(prompt_ids)} tokens")
+        print(tokenizer.decode(prompt_ids))
+        if not ids:
+            print("--- completion: sampled from here on; the loss counts in all of its tokens")
+            continue
+        print(f"--- completion, {len(ids)} tokens; the loss counts in >>>...<<<")
+        text = ""
+        start = 0
+        for i in range(1, len(ids) + 1):
+            if i == len(ids) or counts[i] != counts[start]:
+                part = tokenizer.decode(ids[start:i])
+                text += f">>>{part}<<<" if counts[start] else part
+                start = i
+        print(text)
+    raise SystemExit(0)
+
+
+def show_batch(tokenizer, batch, counts):
+    """`show_rows` of a Batch; counts (R, Tc) bool."""
+    rows = []
+    for i, p in enumerate(batch.prompt_of.tolist()):
+        prompt_ids = batch.prompt_ids[p, batch.prompt_mask[p]].tolist()
+        mask = batch.completion_mask[i]
+        rows.append((prompt_ids, batch.completion_ids[i, mask].tolist(), counts[i, mask].tolist()))
+    show_rows(tokenizer, rows)
+
+
+def last_tokens(mask):
+    """Completion mask (R, T) -> where the last token of each is, there a reward is read (R, T)."""
+    return mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
 
 
 def load_model(
@@ -370,8 +675,13 @@ def load_model(
     random weights. new_head: labels of a classification head that the file need not have;
     model.has_new_head says whether it was made.
     """
+    with _stop_without("model", path):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    is_policy = auto_class is transformers.AutoModelForCausalLM
+    if is_policy and "Classification" in str(config.architectures):
+        stop(f"{path}: is a reward model: it gives scores, and writes no text")
     with stop_on_error(f"{path}: no model there that {auto_class.__name__} loads"):
-        config = transformers.AutoConfig.from_pretrained(path)
+        has_generic_head = not is_policy and _register_head(auto_class, config)
         config.num_labels = new_head or config.num_labels
         _switch_off_dropout(config)
         if from_scratch:
@@ -388,13 +698,67 @@ def load_model(
     lost = sorted(set(missing) - head)
     if lost:  # transformers only warns, and makes up random weights
         stop(f"{path}: no weights for {', '.join(lost[:3])} in it")
+    model = model.to(device).eval()
+    if is_policy:
+        _probe(model, path)
+    model.has_generic_head = has_generic_head
     model.has_new_head = any(key.endswith("weight") for key in head)
     model.autocast_dtype = torch.bfloat16 if _takes_bfloat16(dtype, device) else None
     model.recompute = checkpointing
     model.context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(device).eval()
+    return model
+
+
+def _register_head(auto_class, config):
+    """Give a family without a class with a head transformers' own generic one -> was it needed?"""
+    if type(config) in auto_class._model_mapping.keys():
+        return hasattr(auto_class._model_mapping[type(config)], "is_generic")
+    backbone = transformers.AutoModel._model_mapping[type(config)]
+    base = backbone.__bases__[0]  # with the loading and the initial weights of the family
+    kind = auto_class.__name__.removeprefix("AutoModel")
+    generic = getattr(transformers.modeling_layers, f"Generic{kind}")
+    attributes = {
+        "config_class": type(config),
+        "base_model_prefix": base.base_model_prefix,
+        "is_generic": True,
+    }
+    name = backbone.__name__.removesuffix("Model") + kind
+    auto_class.register(type(config), type(name, (generic, base), attributes), exist_ok=True)
+    return True
+
+
+@torch.no_grad()
+def _probe(model, path):
+    """Stop at a model whose logits would be wrong here: three tiny forwards tell.
+
+    The logits of a token must not depend on padding before the text, on whether earlier tokens come
+    from the cache, or on later tokens.
+    """
+    embeddings = model.get_input_embeddings().weight
+    ids = torch.arange(1, 9, device=embeddings.device)[None] % len(embeddings)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    other_end = ids.clone()
+    other_end[0, -1] = ids[0, 0]
+    with stop_on_error(f"{path}: a model of this kind cannot be used"):
+        alone = _call(model, model, ids, mask)[0]
+        changed = _call(model, model, other_end, mask)[0]
+        ids = pad_tensor(ids, (5, 0), value=int(ids[0, 0]))
+        mask = pad_tensor(mask, (5, 0))
+        padded = _call(model, model, ids, mask)[0, 5:]
+        cache = transformers.DynamicCache(config=model.config)
+        _call(model, model, ids[:, :-1], mask[:, :-1], cache)
+        cached = _call(model, model, ids[:, -1:], mask, cache)[0]
+    largest = 0.01 * alone.std()
+    reasons = {
+        "see later tokens": alone[:-1] - changed[:-1],
+        "depend on the padding": alone - padded,
+        "depend on the cache": alone[-1:] - cached,
+    }
+    for reason, difference in reasons.items():
+        if difference.abs().max() > largest:
+            stop(f"{path}: {type(model).__name__} cannot be trained here: its logits {reason}")
 
 
 def _switch_off_dropout(config):
@@ -419,15 +783,133 @@ def check_finite(loss, grad_norm):
         )
 
 
-# --- Rewards --------------------------------------------------------------------------------------
+# --- Numbers in texts -----------------------------------------------------------------------------
+
+MINUS_SIGNS = "\u2212\u2013\u2010\u2011\ufe63\uff0d"  # what is written for -, the en dash included
+SUPERSCRIPTS = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079"
+MOST_DIGITS = 4000  # Python reads no longer ones; no text means them
+
+# Thousands in groups, 1,234 or 1,00,000 or 1'234 or 1_234; or digits
+WHOLE = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)|\d{1,3}(?:['\u2019_]\d{3})+(?!\d)|\d+)"
+NUMBER = re.compile(
+    r"(?P<european>\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,})(?!\d)"  # 1.234,5 and 1.234.567
+    r"|10\^(?P<power>[-+]?\d+)"
+    rf"|(?:(?P<whole>\d+) )?(?P<top>{WHOLE}) ?/ ?(?P<bottom>{WHOLE})"  # 3/4 and 1 3/4
+    rf"|(?P<decimal>{WHOLE}(?:\.\d+)?|(?<!\w)\.\d+)"
+    r"(?:[eE](?P<exponent>[-+]?\d+)(?!\w)| ?[*x] ?10\^(?P<times>[-+]?\d+))?"
+)
 
 
 def last_number(text):
-    """The last number in a text -> float, nan where there is none. Commas group thousands."""
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    if not numbers:
-        return math.nan
-    return float(numbers[-1].replace(",", ""))
+    """The last number of a text, exact -> Fraction, or None where there is none or it is unclear.
+
+    Read are signs (also in Unicode), thousands, decimals, exponents, fractions, currencies, units:
+    "-1,234.50", ".5", "1.5e3", "2 x 10^3", "3/4", "$5", "12 cm", "50%" (50). A hyphen behind a word
+    or a number is no minus ("10-12" ends with 12). Digits within a word ("m2", "H2O") are none.
+    Unclear is a number that goes on into another one ("3,5", "10:30", "2^10", "1.2.3").
+    """
+    text = _simplify(text)
+    last = None
+    for match in NUMBER.finditer(text):
+        if not _is_in_word(text, match.start()):
+            last = match
+    if last is None or _goes_on(text, last):
+        return None
+    value = _value_of(last)
+    if value is not None and _is_negative(text[: last.start()]):
+        return -value
+    return value
+
+
+def is_number(answer):
+    """Whether an answer (a number, or a text of one) is one number and nothing else.
+
+    Digits, with a sign, thousands, decimals, an exponent: no unit, currency, fraction, percent.
+    """
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        return False
+    text = _simplify(str(answer)).strip()
+    match = NUMBER.fullmatch(re.sub("^[-+]", "", text))
+    return match is not None and match["decimal"] is not None and last_number(text) is not None
+
+
+def _simplify(text):
+    """LaTeX and Unicode forms of numbers -> what NUMBER reads."""
+    text = re.sub(f"[{MINUS_SIGNS}]", "-", text)
+    text = re.sub(r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3})", ",", text)  # thousands
+    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text)
+    text = re.sub(r"\\times|\\cdot|[\u00d7\u00b7\u22c5]", "*", text)
+    text = re.sub(r"\^\{([-+]?\d+)\}", r"^\1", text)
+    text = re.sub(r"(?<=\d)\*\*(?=[-+]?\d)", "^", text)
+    text = re.sub(f"[{SUPERSCRIPTS}]+", lambda found: "^" + _lowered(found[0]), text)
+    return re.sub(r"[\u00bc-\u00be\u2150-\u215e]", lambda found: _written_out(found[0]), text)
+
+
+def _lowered(superscripts):
+    return "".join(str(SUPERSCRIPTS.index(sign)) for sign in superscripts)
+
+
+def _written_out(sign):
+    """One character of a fraction, such as \u00bd -> " 1/2"."""
+    value = Fraction(unicodedata.numeric(sign)).limit_denominator(10)
+    return f" {value.numerator}/{value.denominator}"
+
+
+def _is_in_word(text, start):
+    """Whether the digits belong to a word, or are the exponent of a unit: m2, H2O, m^2.
+
+    A currency's code of three capitals is no such word: USD42.
+    """
+    before = text[:start]
+    if before.endswith("^"):
+        return before[-2:-1].isalpha()
+    is_code = re.search(r"(?<![A-Za-z])[A-Z]{3}$", before)
+    return before[-1:].isalpha() and not is_code
+
+
+def _goes_on(text, match):
+    """Whether the number is part of something longer: a list, a time, a power, a version."""
+    before = re.search(r"\d[,.:/^]$|\)\^$", text[: match.start()])
+    behind = re.match(r"[,.:/]\d|\^|[eE][-+]?\d", text[match.end() :])
+    return bool(before or behind)
+
+
+def _is_negative(before):
+    """Whether what stands before a number ends with its minus, perhaps with a currency between."""
+    before = re.sub(r"\\?[$\u20ac\u00a3\u00a5] ?$", "", before)
+    sign = re.search(r"(.?)-( *)$", before, re.DOTALL)
+    if not sign:
+        return False
+    earlier = before[: sign.start()] + sign[1]
+    if sign[2]:  # "= - 5" is a number below 0, "10 - 5" and "so - 5" are not
+        earlier = earlier.rstrip(" ")
+        return not earlier or earlier[-1] in "=:([{"
+    return not earlier or not (earlier[-1].isalnum() or earlier[-1] in ")]}%")
+
+
+def _value_of(match):
+    """Value of a match of NUMBER -> Fraction; None where it is beyond all measure, or n / 0."""
+    exponent = int(match["power"] or match["exponent"] or match["times"] or 0)
+    if len(match[0]) > MOST_DIGITS or abs(exponent) > MOST_DIGITS:
+        return None
+    if match["power"]:
+        return Fraction(10) ** exponent
+    if match["european"]:
+        return Fraction(match["european"].replace(".", "").replace(",", "."))
+    if match["top"]:
+        top = int(_without_groups(match["top"]))
+        bottom = int(_without_groups(match["bottom"]))
+        if bottom == 0:
+            return None
+        return int(match["whole"] or 0) + Fraction(top, bottom)
+    return Fraction(_without_groups(match["decimal"])) * Fraction(10) ** exponent
+
+
+def _without_groups(digits):
+    return re.sub(r"[,'\u2019_]", "", digits)
+
+
+# --- Rewards --------------------------------------------------------------------------------------
 
 
 def load_reward(
@@ -436,7 +918,8 @@ def load_reward(
     """-> score(prompts, completions, rows) -> list of R numbers, or with by_step of R lists.
 
     reward: "verifier" for the function `verifier`, or "FILE.py:function", which is called with
-    three lists of length R: prompts and rows repeated for each completion, the rows with `ended`.
+    three lists of length R: prompts and rows repeated for each completion, the rows with `ended`
+    and `raw` (see `with_ended`): the completions themselves are without special tokens.
     model: folder or hub name of a reward model, in place of `reward`. by_step: one number for each
     step of a completion (a process reward model's P(right)), not one for the whole.
     Raises ValueError where a reward cannot be loaded, fails, or returns what is no finite number.
@@ -449,15 +932,19 @@ def load_reward(
         function = verifier
     else:
         name = f"--reward {reward}"
-        path, _, attribute = reward.rpartition(":")
-        if not path.endswith(".py") or not attribute:
-            stop(f"{name}: not of the form FILE.py:function")
-        with stop_on_error(f"{name}: cannot be loaded from FILE.py:function"):
-            function = runpy.run_path(path)[attribute]
+        function = _load_function(reward)
 
     def score(prompts, completions, rows):
-        with stop_on_error(f"{name} failed"):
-            values = [_as_numbers(value) for value in function(prompts, completions, rows)]
+        # Copies: nothing that a reward does to its lists may reach the training
+        given = copy.deepcopy((prompts, completions, rows))
+        has_grad = torch.is_grad_enabled()
+        with _no_exit(name), stop_on_error(f"{name} failed"):
+            returned = function(*given)
+            torch.set_grad_enabled(has_grad)  # a judge may have switched it off for good
+            if returned is None or isinstance(returned, dict | set | str):
+                kind = type(returned).__name__
+                raise ValueError(f"it returned a value of type {kind}, not a list of numbers")
+            values = [_as_numbers(value) for value in returned]
             if len(values) != len(completions):
                 raise ValueError(f"{len(values)} values for {len(completions)} completions")
             for value, text in zip(values, completions, strict=True):
@@ -467,7 +954,38 @@ def load_reward(
     return score
 
 
+def _load_function(reward):
+    """ "FILE.py:function" -> the function. Its folder is where it finds its neighbours."""
+    path, _, attribute = reward.rpartition(":")
+    if not path.endswith(".py") or not attribute:
+        stop(f"--reward {reward}: not of the form FILE.py:function")
+    file = Path(path).resolve()
+    if not os.path.isfile(file):
+        stop(f"--reward {reward}: no file {path}")
+    with _no_exit(f"--reward {reward}"):
+        with stop_on_error(f"--reward {reward}: cannot be loaded from FILE.py:function"):
+            spec = importlib.util.spec_from_file_location(file.stem, file)
+            module = importlib.util.module_from_spec(spec)
+            sys.path.insert(0, str(file.parent))
+            sys.modules.setdefault(file.stem, module)  # so that worker processes can import it
+            spec.loader.exec_module(module)
+    if not hasattr(module, attribute):
+        stop(f"--reward {reward}: no function {attribute} in {path}")
+    return getattr(module, attribute)
+
+
+@contextlib.contextmanager
+def _no_exit(name):
+    """Turn sys.exit in a user's file into UserError: a run must not end as if it were done."""
+    try:
+        yield
+    except SystemExit as error:
+        stop(f"{name} called sys.exit({error.code})")
+
+
 def _as_numbers(value):
+    if isinstance(value, str | bytes):
+        raise ValueError(f"{value!r} is a text, not a number")
     if isinstance(value, list):
         return [float(x) for x in value]
     return float(value)
@@ -490,27 +1008,23 @@ def _check_reward(value, text, by_step):
 
 def _model_reward(path, device, dtype, micro_batch_size, by_step):
     """Reward function of a saved reward model: of the last token, of steps, or of outcomes."""
-    with stop_on_error(f"--reward-model {path}: no model there"):
-        config = transformers.AutoConfig.from_pretrained(path)
+    with _stop_without("model", path):
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if "ForCausalLM" in str(config.architectures):
+        stop(f"--reward-model {path}: is a language model; rm_bt.py makes a reward model of one")
     of_tokens = "ForTokenClassification" in str(config.architectures)
-    if of_tokens:
-        auto_class = transformers.AutoModelForTokenClassification
-    else:
-        auto_class = transformers.AutoModelForSequenceClassification
-    model = load_model(auto_class, path, device, dtype)
-    tokenizer = load_tokenizer(path)
     separator = getattr(config, "step_separator", "")
     unknown = "" if of_tokens else "last"
     how = getattr(config, "solution_score", unknown)
-    close = _close_of(tokenizer, config)
-    if not of_tokens and config.num_labels != 1:
-        stop(f"--reward-model {path}: has {config.num_labels} labels, not 1")
-    if not how or (by_step and not separator):
-        made_with = "prm.py --supervision process" if by_step else "prm.py"
-        stop(
-            f"--reward-model {path}: its config.json does not say how to read the steps: make it "
-            f"with {made_with}"
-        )
+    lacks_steps = not how or (by_step and not separator)
+    _check_reward_config(config, path, of_tokens, lacks_steps)
+    if of_tokens:
+        model = load_model(transformers.AutoModelForTokenClassification, path, device, dtype)
+    else:
+        model = load_model(transformers.AutoModelForSequenceClassification, path, device, dtype)
+        if not hasattr(config, "reward_bias"):  # not made by these scripts
+            return _foreign_reward(path, model, micro_batch_size)
+    tokenizer = load_tokenizer(path)
 
     @torch.no_grad()
     def function(prompts, completions, rows):
@@ -520,8 +1034,9 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
             steps = [text]
             if separator:
                 steps = [step for step in text.split(separator) if step.strip()]
-            ending = close if row.get("ended", True) else []
-            encoded.append(encode_steps(tokenizer, prompt, steps, separator, ending))
+            close = None if row.get("ended", True) else []
+            encoded.append(encode_steps(tokenizer, prompt, steps, separator, close))
+            _check_room(len(encoded[-1][0]) + len(encoded[-1][1]), model.context, path)
         values = []
         for logits in _step_logits(model, encoded, micro_batch_size):
             probs = positive_probs(logits) if of_tokens else logits[:, 0]
@@ -533,6 +1048,84 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
         return values
 
     return function
+
+
+def _check_reward_config(config, path, of_tokens, lacks_steps):
+    """Stop at a model that gives no rewards, or not those that are asked for."""
+    if "ForCausalLM" in str(config.architectures):
+        stop(f"--reward-model {path}: is a language model; rm_bt.py makes a reward model of one")
+    if not of_tokens and config.num_labels != 1:
+        stop(f"--reward-model {path}: has {config.num_labels} labels, not 1")
+    if lacks_steps:
+        stop(
+            f"--reward-model {path}: its config.json does not say how to read the steps: make it "
+            "with prm.py, for steps with --supervision process"
+        )
+
+
+def _check_room(length, room, path):
+    if length > room:
+        stop(
+            f"a prompt and its completion of {length} tokens do not fit in the {room} of "
+            f"--reward-model {path}: lower --max-new-tokens, or leave out the longest prompts"
+        )
+
+
+def _foreign_reward(path, model, micro_batch_size):
+    """Reward function of a model made elsewhere: its template, its own forward and its pooling."""
+    tokenizer = load_tokenizer(path, needs_eos=False)
+    room = min(model.context, tokenizer.model_max_length)
+    first_position = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
+    if first_position is not None:  # RoBERTa counts positions from behind this one
+        room = min(model.context - first_position - 1, tokenizer.model_max_length)
+    pad_id = model.config.get_text_config().pad_token_id
+    size = 1 if pad_id is None else micro_batch_size  # it finds ends of texts by their padding
+
+    @torch.no_grad()
+    def function(prompts, completions, rows):
+        encoded = []
+        for prompt, text, row in zip(prompts, completions, rows, strict=True):
+            ended = row.get("ended", True)
+            encoded.append(_foreign_inputs(tokenizer, model, prompt, text, ended))
+            _check_room(len(encoded[-1]["input_ids"]), room, path)
+        scores = torch.zeros(len(encoded))
+        lengths = torch.tensor([len(one["input_ids"]) for one in encoded])
+        for index in lengths.argsort().split(size):
+            part = [encoded[i] for i in index]
+            ids, mask = pad([one["input_ids"] for one in part], "right")
+            if pad_id is not None:
+                ids = ids.masked_fill(~mask, pad_id)
+            inputs = {"input_ids": ids, "attention_mask": mask.long()}
+            if "token_type_ids" in part[0]:
+                inputs["token_type_ids"] = pad([one["token_type_ids"] for one in part], "right")[0]
+            inputs = {name: values.to(model.device) for name, values in inputs.items()}
+            with _autocast(model):
+                scores[index] = model(**inputs).logits[:, 0].float().cpu()
+        return scores.tolist()
+
+    return function
+
+
+def _foreign_inputs(tokenizer, model, prompt, text, ended):
+    """Prompt and completion as the authors of a reward model encode them -> {name: ids}.
+
+    With a chat template its rendering of the whole conversation. Without one: encoders get a pair
+    of texts, other models one text with an EOS, where that is not the pad token.
+    """
+    if tokenizer.chat_template or not isinstance(prompt, str):
+        whole = conversation_text(tokenizer, prompt, text, ended)
+        return {"input_ids": tokenizer(whole, add_special_tokens=False)["input_ids"]}
+    if hasattr(model, "score"):  # the head of models that read from left to right
+        ids = text_ids(tokenizer, prompt + text)
+        eos = tokenizer.eos_token_id
+        if ended and eos not in (None, model.config.get_text_config().pad_token_id):
+            ids = [*ids, eos]
+        return {"input_ids": ids}
+    if tokenizer.sep_token_id is not None:
+        return dict(tokenizer(prompt, text))
+    ids = tokenizer(f"{prompt} {text}", add_special_tokens=False)["input_ids"]
+    ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    return {"input_ids": [token for token in ids if token is not None]}
 
 
 def _step_logits(model, encoded, micro_batch_size):
@@ -553,20 +1146,6 @@ def _step_logits(model, encoded, micro_batch_size):
         for i, row, (_, _, ends) in zip(index.tolist(), logits, part, strict=True):
             outputs[i] = row[ends]
     return outputs
-
-
-def _close_of(tokenizer, config):
-    """Ids after a completion that a reward model reads -> list, or None for the end of turn.
-
-    One made elsewhere was trained on all that the template puts there, and transformers reads its
-    score at the last id that is not pad.
-    """
-    if hasattr(config, "reward_bias"):  # made by these scripts
-        return None
-    close = after_answer(tokenizer) or [end_of_turn(tokenizer)]
-    while close and close[-1] == getattr(config, "pad_token_id", None):
-        close.pop()
-    return close
 
 
 def positive_probs(logits):
@@ -625,8 +1204,9 @@ def greedy_rewards(policy, tokenizer, score, rows, max_new_tokens, batch_size):
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         prompts = [row["prompt"] for row in part]
-        _, answers, ended = generate(policy, tokenizer, prompts, 1, max_new_tokens, temperature=0)
-        values += score(prompts, answers, with_ended(part, ended))
+        sampled = generate(policy, tokenizer, prompts, 1, max_new_tokens, temperature=0)
+        batch, answers, ended = sampled
+        values += score(prompts, answers, with_ended(part, ended, batch, tokenizer))
         texts += answers
     return values, texts
 
@@ -670,6 +1250,19 @@ IMPORTANT = [
 ]  # fmt: skip
 
 
+GENERIC_HEAD = """Transformers has no class with a head for this family: outside these scripts
+AutoModelForSequenceClassification and AutoModelForTokenClassification do not load this folder.
+`plumbing.load_model` does; it puts transformers.modeling_layers.GenericForSequenceClassification
+(or GenericForTokenClassification) on the family's backbone.
+"""
+LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow from step to step
+RUN_FILES = (
+    *LOGS, "args.json", "curves.png", "reward_histogram.png", "best_of_n.png", "checkpoint",
+    "final", "critic", "control", "pairs", "candidates",
+)  # fmt: skip
+BEFORE_A_START = {"args.json", "args.json.new", "lock"}  # what a start that failed may leave
+
+
 class Run:
     """The folder of a run: args.json, metrics.jsonl, samples.jsonl, curves.png, checkpoint, final.
 
@@ -679,38 +1272,78 @@ class Run:
     """
 
     def __init__(self, args):
+        check_flags(args)
         self.args = args
-        self.folder = Path(args.output_dir)
+        self.folder = Path(args.output_dir).expanduser()
         self.step = 0
         self.bar = None
         self.shown = []  # names of the figures for the closing line
-        self.warned = False
+        self.warned = set()  # what was warned of
+        self.equal_steps = 0  # steps in a row whose rewards were all equal
         self.stopped_by = ""
-        for name, value in vars(args).items():
-            self._check_flag(name, value)
-        old_args = self.folder / "args.json"
-        may_be_there = old_args.exists() and (args.resume or args.overwrite)
-        if self.folder.exists() and not may_be_there:
-            stop(f"{self.folder} exists: use --resume or --overwrite, or another --output-dir")
+        self.inputs = {str(path): _digest(path) for path in _input_files(args)}
+        if getattr(args, "show_rows", 0):
+            return  # nothing will be written
+        self._check_folder()
         if args.resume:
-            with stop_on_error(f"--resume: no run in {self.folder}"):
-                old = json.loads(old_args.read_text())
-            for name, value in vars(args).items():
-                may_change = name in ("resume", "overwrite", "num_steps")
-                if old.get(name) != value and not may_change:
-                    stop(f"--resume: {self.folder} began with {name} {old.get(name)}, not {value}")
+            self._check_resume()
 
-    def _check_flag(self, name, value):
-        """Stop at a number below its least value, and where --overwrite would delete an input."""
-        flag = f"--{name.replace('_', '-')} {value}"
-        counted = name.startswith(("num_", "max_", "micro_", "batch_")) or name.endswith("_every")
-        least = 1 if counted and isinstance(value, int) else 0
-        if isinstance(value, int | float) and value < least:
-            stop(f"{flag}: must be at least {least}")
-        is_path = isinstance(value, str) and value and Path(value).exists()
-        if self.args.overwrite and is_path:
-            if self.folder.resolve() in Path(value).resolve().parents:
-                stop(f"--overwrite would delete {flag}")
+    def _check_folder(self):
+        """Stop where a run must not begin, or --overwrite would touch what is not a run's."""
+        folder = self.folder
+        if not self.args.output_dir.strip() or folder.resolve() in (Path.cwd(), Path.home()):
+            stop(f"--output-dir {self.args.output_dir!r}: a run needs a folder of its own")
+        if folder.is_symlink():
+            stop(f"--output-dir {folder} is a link: give the folder that it leads to")
+        if not os.path.exists(folder) or self.args.resume:
+            return
+        if not folder.is_dir():
+            stop(f"--output-dir {folder} is a file")
+        has_begun = {path.name for path in folder.iterdir()} - BEFORE_A_START
+        if has_begun and not self.args.overwrite:
+            stop(f"{folder} exists: use --resume or --overwrite, or another --output-dir")
+        if has_begun and not self._marker():
+            stop(f"--overwrite: {folder} holds no run of these scripts: nothing in it is replaced")
+        for path in self.inputs:
+            if folder.resolve() in Path(path).resolve().parents:
+                stop(f"--overwrite: the run in {folder} holds {path}, which this command reads")
+
+    def _marker(self):
+        """Name of the script that made the run in the folder; empty where none of ours did."""
+        try:
+            return json.loads((self.folder / "args.json").read_text())["script"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def _check_resume(self):
+        """Stop where flags, or files that are read, are not those the run began with."""
+        if not (self.folder / "args.json").exists():
+            stop(f"--resume: no run in {self.folder}")
+        with stop_on_error(f"--resume: cannot read {self.folder / 'args.json'}"):
+            old = json.loads((self.folder / "args.json").read_text())
+        for name, value in vars(self.args).items():
+            may_change = name in ("resume", "overwrite", "num_steps", "show_rows")
+            if old.get(name) != value and not may_change:
+                flag = f"--{name.replace('_', '-')}"
+                stop(
+                    f"--resume: {self.folder} began with {flag} {old.get(name)}, not {value} "
+                    "(only --num-steps may change)"
+                )
+        if old.get("script", self._script()) != self._script():
+            stop(f"--resume: {self.folder} was begun by {old['script']}.py")
+        for path, digest in old.get("inputs", {}).items():
+            if self.inputs.get(path, digest) != digest:
+                stop(f"--resume: {path} is no longer what it was when the run began")
+        num_steps = getattr(self.args, "num_steps", None)
+        if old.get("num_steps") != num_steps:
+            print(
+                f"--num-steps {num_steps}, begun with {old.get('num_steps')}: from here on the "
+                f"learning rate is that of a run of {num_steps} steps"
+            )
+
+    def _script(self):
+        module = sys.modules[type(self.args).__module__]
+        return Path(getattr(module, "__file__", "run")).stem
 
     def begin(self, parts, num_steps):
         """Make the folder, or load its checkpoint.
@@ -721,18 +1354,48 @@ class Run:
         self.parts = parts
         self.num_steps = num_steps
         self.start = time.time()
-        sizes = {}
+        with stop_on_error(f"cannot make {self.folder}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = _locked(self.folder)
         if not self.args.resume:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            text = json.dumps(vars(self.args), indent=1)
+            self._check_folder()  # another run may have begun there since
+            self._delete_run()
+            content = vars(self.args) | {"script": self._script(), "inputs": self.inputs}
+            text = json.dumps(content, indent=1)
             self._replace("args.json", lambda new: new.write_text(text))
         elif (self.folder / "checkpoint" / "state.pt").exists():
-            sizes = self._load_checkpoint()
-        for path in self.folder.glob("*.jsonl"):  # what came after the checkpoint comes again
-            os.truncate(path, sizes.get(path.name, 0))
+            self._cut_logs(self._load_checkpoint())
+        else:
+            self._cut_logs({})
+
+    def _delete_run(self):
+        """Delete what a run writes, and nothing else."""
+        for name in RUN_FILES:
+            for path in (
+                self.folder / name,
+                self.folder / f"{name}.new",
+                self.folder / f"{name}.old",
+            ):
+                with stop_on_error(f"--overwrite: cannot delete {path}"):
+                    if path.is_symlink() or path.is_file():
+                        path.unlink()
+                    elif path.exists():
+                        shutil.rmtree(path)
+
+    def _cut_logs(self, sizes):
+        """Cut the logs to their sizes at the checkpoint: what came after it comes again."""
+        for name in LOGS:
+            path = self.folder / name
+            size = sizes.get(name, 0)
+            if not path.exists() and not size:
+                continue
+            if not path.exists() or path.stat().st_size < size:
+                stop(f"--resume: {path} is shorter than it was at the checkpoint")
+            with stop_on_error(f"--resume: cannot write {path}"):
+                os.truncate(path, size)
 
     def _load_checkpoint(self):
-        """Load the parts, the random states and the step -> sizes of the files at that time."""
+        """Load the parts, the random states and the step -> sizes of the logs at that time."""
         path = self.folder / "checkpoint" / "state.pt"
         with stop_on_error(f"--resume: cannot read {path}"):
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -741,6 +1404,8 @@ class Run:
                 part.load_state_dict(state[name])
             else:
                 vars(part).update(state[name])
+            if hasattr(part, "lr_lambdas"):
+                _set_rate(part)
         torch.set_rng_state(state["torch"])
         torch.cuda.set_rng_state_all(state["cuda"])
         random.setstate(state["random"])
@@ -750,14 +1415,20 @@ class Run:
 
     def describe(self, model, num_rows, num_held_out, work):
         """Print what is about to run. work: what a step consists of, in words."""
+        args = self.args
         parameters = sum(p.numel() for p in model.parameters())
         size = f"{parameters / 1e6:.1f} million parameters"
+        if getattr(args, "from_scratch", False):
+            size += ", drawn at random (--from-scratch)"
         dtype = "bfloat16 autocast" if model.autocast_dtype else "float32"
-        print(f"{self.args.model}: {size}, on {model.device} in {dtype}")
-        print(
-            f"{num_rows} training rows, {num_held_out} held out; {self.num_steps} steps of {work}"
-        )
-        if self.step:
+        print(f"{_near(args.model)}: {size}, on {model.device} in {dtype}")
+        held_out = f"{num_held_out} held out"
+        if num_held_out and args.eval_dataset:
+            held_out += f" ({_near(args.eval_dataset)})"
+        print(f"{num_rows} training rows, {held_out}; {self.num_steps} steps of {work}")
+        if self.step >= self.num_steps:
+            print(f"all {self.num_steps} steps of {self.folder} are done")
+        elif self.step:
             print(f"goes on after step {self.step} of {self.folder}")
 
     def steps(self):
@@ -790,6 +1461,11 @@ class Run:
         def note(number, frame):
             self.stopped_by = signal.Signals(number).name
             signal.signal(number, before[number])
+            print(
+                f"{self.stopped_by}: this step ends and a checkpoint is saved; a second one stops "
+                "at once, without",
+                file=sys.stderr,
+            )
 
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -825,14 +1501,30 @@ class Run:
             self.bar.set_postfix(figures)
         elif figures and self.step % max(1, self.num_steps // 20) == 0:
             self._print_figures(figures)
-        if metrics.get("ended", 1) < 0.8 and not self.warned:
-            self.warned = True
+        self._warn(metrics)
+
+    def _warn(self, metrics):
+        """Say once what a person should look at: cut completions, rewards that are all equal."""
+        if metrics.get("ended", 1) < 0.8:
             share = f"{1 - float(metrics['ended']):.0%}"
-            tqdm.write(
-                f"warning: {share} of the completions ran into --max-new-tokens "
+            self._warn_once(
+                f"{share} of the completions ran into --max-new-tokens "
                 f"{self.args.max_new_tokens}; raise it, or the model never learns to end",
-                file=sys.stderr,
+                "ended",
             )
+        if "reward_std" in metrics:
+            self.equal_steps = self.equal_steps + 1 if metrics["reward_std"] == 0 else 0
+        if self.equal_steps == 3:
+            self._warn_once(
+                "all rewards of the last three steps were equal, and nothing can be learned from "
+                "that; see docs/metrics.md",
+                "reward_std",
+            )
+
+    def _warn_once(self, text, about):
+        if about not in self.warned:
+            self.warned.add(about)
+            tqdm.write(f"warning: {text}", file=sys.stderr)
 
     def _print_figures(self, figures):
         """A line above the progress bar."""
@@ -871,15 +1563,34 @@ class Run:
             return []
         return [json.loads(line) for line in path.read_text().splitlines()]
 
+    def _sizes_of_logs(self):
+        sizes = {}
+        for name in LOGS:
+            if (self.folder / name).exists():
+                sizes[name] = (self.folder / name).stat().st_size
+        return sizes
+
+    def _check_weights(self):
+        """Stop before broken weights are saved: a last step is followed by no loss to show them."""
+        for name, part in self.parts.items():
+            if isinstance(part, torch.nn.Module):
+                for parameter in part.parameters():
+                    if not parameter.isfinite().all():
+                        stop(
+                            f"step {self.step} broke the weights ({name}): lower --learning-rate; "
+                            "--resume goes on from the last checkpoint"
+                        )
+
     def checkpoint(self):
         """Save the parts, the random states and the step, so that --resume goes on bit for bit."""
+        self._check_weights()
         state = {
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state_all(),
             "random": random.getstate(),
             "step": self.step,
             "seconds": time.time() - self.start,
-            "sizes": {path.name: path.stat().st_size for path in self.folder.glob("*.jsonl")},
+            "sizes": self._sizes_of_logs(),
         }
         for name, part in self.parts.items():
             has_state = hasattr(part, "state_dict")
@@ -892,20 +1603,24 @@ class Run:
         for name, model in models.items():
             self._save_model(name, model, tokenizer)
         rows = self.read_rows("metrics.jsonl")
-        with contextlib.suppress(ImportError):  # no matplotlib, no picture
-            draw_curves(rows, self.folder / "curves.png")
+        self.draw("curves.png", draw_curves, rows)
         self._print_answers()
         self._print_changes(rows)
         print(f"saved {self.folder} after {time.time() - self.start:.0f} s")
         if (self.folder / "samples.jsonl").exists():
             print(f"completions to read: {self.folder / 'samples.jsonl'}")
         if (self.folder / "final" / "generation_config.json").exists():
-            print(f"to talk to the model: python {ROOT / 'plumbing.py'} {self.folder / 'final'}")
+            program = _near(ROOT / "plumbing.py")
+            print(f"to talk to the model: python {program} {self.folder / 'final'}")
+        elif (self.folder / "final").exists():
+            print(f"to train on it: python grpo.py --reward-model {self.folder / 'final'}")
 
     def _save_model(self, name, model, tokenizer):
         def write(new):
             model.save_pretrained(new)
             tokenizer.save_pretrained(new)
+            if getattr(model, "has_generic_head", False):
+                (new / "README.md").write_text(GENERIC_HEAD)
 
         self._replace(name, write)
 
@@ -935,8 +1650,13 @@ class Run:
 
     def histogram(self, values):
         """Draw reward_histogram.png of {label: numbers (N,)}, where matplotlib is there."""
-        with contextlib.suppress(ImportError):
-            draw_histogram(values, self.folder / "reward_histogram.png")
+        self.draw("reward_histogram.png", draw_histogram, values)
+
+    def draw(self, name, function, *values):
+        """Let function(*values, path) draw a picture; without matplotlib there is none."""
+        with stop_on_error(f"cannot write {self.folder / name}"):
+            with contextlib.suppress(ImportError):
+                function(*values, self.folder / name)
 
     def _replace(self, name, write):
         """Let `write(path)` write NAME.new, and put that in the place of NAME in one move."""
@@ -947,11 +1667,73 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(new, ignore_errors=True)  # what a killed run left of a folder
             write(new)
+            _flush(new)
             if path.is_dir():  # no call replaces a folder: for a moment there is only .old
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(path, old)
             os.replace(new, path)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _input_files(args):
+    """The files and folders that the flags name, that of a reward function included."""
+    paths = []
+    for name, value in vars(args).items():
+        if name == "output_dir" or not isinstance(value, str):
+            continue
+        for path in (value, value.rpartition(":")[0]):
+            if path and os.path.exists(path):
+                paths.append(Path(path))
+    return paths
+
+
+def _digest(path):
+    """SHA-256 of a file; of a folder, which is not read for it, nothing."""
+    if path.is_dir():
+        return ""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _locked(folder):
+    """Keep a second run out of the folder until this process ends -> the open lock file."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        stop(f"another run is writing to {folder}")
+    return file
+
+
+def _set_rate(scheduler):
+    """Set the learning rate of the next step: the schedule may be longer than when it was saved."""
+    rates = []
+    for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        rates.append(rate * factor(scheduler.last_epoch))
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _flush(path):
+    """Have the disk hold a file, or all files of a folder, before it takes the place of another."""
+    files = [path]
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.is_file()]
+    for file in files:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def _near(path):
+    """A path below the working folder, without that folder."""
+    text = str(path)
+    here = str(Path.cwd()) + os.sep
+    return text.removeprefix(here)
 
 
 def _short(text, length=160):
@@ -1023,7 +1805,7 @@ def talk(path):
     while True:
         try:
             prompt = input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return
         if not prompt:
             return
@@ -1036,8 +1818,8 @@ def talk(path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("plumbing.py: give the folder of a model: python plumbing.py runs/grpo/final")
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("to talk to a model, give its folder: python plumbing.py runs/grpo/final")
     try:
         talk(sys.argv[1])
     except ValueError as error:

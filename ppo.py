@@ -92,6 +92,9 @@ class Args:
     verifier"""
     eval_dataset: str = ""
     """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
+    show_rows: int = 0
+    """number of rows to print as the model gets them, with the places where the loss counts; then
+    the program ends; 0: train"""
 
     output_dir: str = "runs/ppo"  # folder for metrics, samples, curves, checkpoint and final models
     resume: bool = False  # continue from the checkpoint in --output-dir, with the same flags
@@ -108,7 +111,8 @@ class Args:
     reward: str = "verifier"
     """verifier: 1 if the last number of the completion is the row's `answer`, else 0; or
     FILE.py:function, which gets three lists (prompts, completions, rows) and returns one number per
-    completion; rows[i]["ended"] is False if completion i was cut off"""
+    completion; rows[i]["ended"] is False if completion i was cut off, and
+    rows[i]["raw"] is its text with special tokens"""
     reward_model: str = ""  # folder or hub name of a reward model, used instead of --reward
     missing_eos_penalty: float | None = 1.0
     """the reward of a completion that hits --max-new-tokens is set to minus this value (N+: 1);
@@ -293,8 +297,7 @@ def verifier(prompts, completions, rows):
     """1.0 where the last number of the completion equals the row's `answer`, else 0.0."""
     rewards = []
     for text, row in zip(completions, rows, strict=True):
-        answer = float(str(row["answer"]).replace(",", ""))
-        rewards.append(float(last_number(text) == answer))
+        rewards.append(float(last_number(text) == last_number(str(row["answer"]))))
     return rewards
 
 
@@ -311,7 +314,7 @@ def load_critic(args, tokenizer, device):
         stop(f"{path} has another vocabulary than the policy: give a --critic-model that has it")
     auto_class = AutoModelForSequenceClassification
     with stop_on_error(f"{path}: no model there"):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if "ForTokenClassification" in str(config.architectures):
         auto_class = AutoModelForTokenClassification  # an outcome reward model; its head has a bias
     recompute = args.gradient_checkpointing
@@ -450,7 +453,7 @@ def main(args: Args):
     policy = load_model(*load_again, args.gradient_checkpointing)
     ref = load_model(*load_again) if args.beta else None
     critic = load_critic(args, tokenizer, device)
-    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
+    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions
     optimizer, scheduler = make_optimizer(policy, args.learning_rate, args, args.critic_warmup)
     critic_optimizer, critic_scheduler = make_optimizer(critic, args.critic_learning_rate, args)
@@ -474,7 +477,7 @@ def main(args: Args):
         prompts = [row["prompt"] for row in drawn]
         sampling = (G, args.max_new_tokens, args.temperature)
         batch, texts, ended = generate(policy, tokenizer, prompts, *sampling)
-        row_of_each = with_ended([drawn[i] for i in batch.prompt_of.tolist()], ended)
+        row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
         values = score(prompts, texts, row_of_each)
         scores = one_number(values).to(device)
@@ -555,7 +558,7 @@ def main(args: Args):
             metrics["beta"] = controller.beta
         if has_gold:
             metrics["gold_reward"] = torch.tensor(verifier(prompts, texts, row_of_each)).mean()
-        run.log(metrics, "reward", "kl", "completion_length")
+        run.log(metrics, "reward", "gold_reward", "kl", "completion_length")
         run.samples(prompts[::G], texts[::G], scores[::G].tolist())
         if not is_warmup:
             controller.update(kl.sum(1).mean().item(), R)

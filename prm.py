@@ -42,7 +42,9 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 from common import Batch, completion_logps, completion_scores, encode_steps, masked_mean, pad
 from plumbing import (
     Run,
+    answer_text,
     check_finite,
+    check_texts,
     load_model,
     load_rows,
     load_splits,
@@ -50,6 +52,7 @@ from plumbing import (
     pick_device,
     positive_probs,
     run_script,
+    show_rows,
     solution_score,
     stop,
     stop_on_error,
@@ -64,6 +67,9 @@ class Args:
     1, true, false or null); with outcome supervision: `prompt`, `completion`, `label`"""
     eval_dataset: str = ""
     """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
+    show_rows: int = 0
+    """number of rows to print as the model gets them, with the places where the loss counts; then
+    the program ends; 0: train"""
 
     output_dir: str = "runs/prm"  # folder for metrics, curves, checkpoint and final model
     resume: bool = False  # continue from the checkpoint in --output-dir, with the same flags
@@ -279,7 +285,7 @@ def read_examples(path, separator):
                 texts, labels = to_steps(row)
                 texts = [text.removesuffix(separator) for text in texts]
             else:
-                texts = [row["completion"]]
+                texts = [answer_text(row["completion"], row["prompt"])]
                 labels = [row["label"]]
             if separator and any(separator in text for text in texts):
                 raise ValueError(
@@ -350,6 +356,17 @@ def collate(examples):
     labels, _ = pad([example["labels"] for example in examples], "right")
     outcomes = torch.tensor([example["outcome"] for example in examples])
     return batch, ends.masked_fill(~is_step, -1), labels.masked_fill(~is_step, -100), outcomes
+
+
+def show_labelled(tokenizer, examples):
+    """Print examples as the model gets them, the tokens with a label marked, and stop."""
+    rows = []
+    for example in examples:
+        counts = [False] * len(example["ids"])
+        for end, label in zip(example["ends"], example["labels"], strict=True):
+            counts[end] = label != -100
+        rows.append((example["prompt_ids"], example["ids"], counts))
+    show_rows(tokenizer, rows)
 
 
 @torch.no_grad()
@@ -459,9 +476,12 @@ def main(args: Args):
         setattr(model, head_name, CobbeHead(lm.get_output_embeddings()).to(device))
     if args.lm_coef:
         trained.append(lm)
+    check_texts(tokenizer, model, examples + eval_examples)
     encoding = (tokenizer, min(args.max_length, model.context), separator)
     examples = encode_examples(examples, *encoding, args.dataset)
     eval_examples = encode_examples(eval_examples, *encoding, args.eval_dataset or "held out")
+    if args.show_rows:
+        show_labelled(tokenizer, examples[: args.show_rows])
 
     groups = [list(group) for _, group in itertools.groupby(examples, lambda e: e["prompt"])]
     order = []

@@ -65,6 +65,9 @@ class Args:
     verifier"""
     eval_dataset: str = ""
     """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
+    show_rows: int = 0
+    """number of rows to print as the model gets them, with the places where the loss counts; then
+    the program ends; 0: train"""
 
     output_dir: str = "runs/reinforce_rloo"
     """folder for metrics, samples, curves, checkpoint and final model"""
@@ -82,7 +85,8 @@ class Args:
     reward: str = "verifier"
     """verifier: 1 if the last number of the completion is the row's `answer`, else 0; or
     FILE.py:function, which gets three lists (prompts, completions, rows) and returns one number per
-    completion; rows[i]["ended"] is False if completion i was cut off"""
+    completion; rows[i]["ended"] is False if completion i was cut off, and
+    rows[i]["raw"] is its text with special tokens"""
     reward_model: str = ""  # folder or hub name of a reward model, used instead of --reward
     missing_eos_penalty: float | None = None
     """the reward of a completion that hits --max-new-tokens is set to minus this value (Huang et
@@ -210,8 +214,7 @@ def verifier(prompts, completions, rows):
     """1.0 where the last number of the completion equals the row's `answer`, else 0.0."""
     rewards = []
     for text, row in zip(completions, rows, strict=True):
-        answer = float(str(row["answer"]).replace(",", ""))
-        rewards.append(float(last_number(text) == answer))
+        rewards.append(float(last_number(text) == last_number(str(row["answer"]))))
     return rewards
 
 
@@ -243,7 +246,7 @@ def main(args: Args):
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
     policy = load_model(*load_again, args.gradient_checkpointing)
     ref = load_model(*load_again) if args.beta else None
-    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
+    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     lr = args.learning_rate
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
     scheduler = get_scheduler(args.lr_schedule, optimizer, 0, args.num_steps)
@@ -265,7 +268,7 @@ def main(args: Args):
         prompts = [row["prompt"] for row in drawn]
         sampling = (G, args.max_new_tokens, args.temperature)
         batch, texts, ended = generate(policy, tokenizer, prompts, *sampling)
-        row_of_each = with_ended([drawn[i] for i in batch.prompt_of.tolist()], ended)
+        row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
         values = score(prompts, texts, row_of_each)
         scores = one_number(values).to(device)
@@ -293,12 +296,11 @@ def main(args: Args):
         if args.baseline == "remax":
             baselines.append("remax")
             asked = [row["prompt"] for row in drawn]
-            _, answers, done = generate(
+            greedy, answers, done = generate(
                 policy, tokenizer, asked, 1, args.max_new_tokens, temperature=0
             )
-            greedy_scores = torch.tensor(
-                score(asked, answers, with_ended(drawn, done)), device=device
-            )
+            row_of_each = with_ended(drawn, done, greedy, tokenizer)
+            greedy_scores = torch.tensor(score(asked, answers, row_of_each), device=device)
             if args.missing_eos_penalty is not None:
                 greedy_scores[~done] = -args.missing_eos_penalty
         by_baseline = {}
@@ -345,7 +347,7 @@ def main(args: Args):
             metrics |= {"kl": kl.sum(1).mean(), "kl_per_token": masked_mean(kl, mask)}
         if has_gold:
             metrics["gold_reward"] = torch.tensor(verifier(prompts, texts, row_of_each)).mean()
-        run.log(metrics, "reward", "kl", "completion_length")
+        run.log(metrics, "reward", "gold_reward", "kl", "completion_length")
         run.samples(prompts[::G], texts[::G], scores[::G].tolist())
         if step % args.eval_every == 0 or step == args.num_steps:
             report()

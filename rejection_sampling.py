@@ -31,7 +31,6 @@ import json
 import math
 import random
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +40,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from common import completion_logps, encode, generate, masked_mean
 from plumbing import (
     Run,
+    answer_text,
     check_finite,
     check_prompts,
     greedy_rewards,
@@ -67,6 +67,9 @@ class Args:
     verifier"""
     eval_dataset: str = ""
     """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
+    show_rows: int = 0
+    """number of rows to print as the model gets them, with the places where the loss counts; then
+    the program ends; 0: train"""
 
     output_dir: str = "runs/rejection_sampling"  # folder for candidates, metrics, samples, models
     resume: bool = False
@@ -84,7 +87,8 @@ class Args:
     reward: str = "verifier"
     """verifier: 1 if the last number of the completion is the row's `answer`, else 0; or
     FILE.py:function, which gets three lists (prompts, completions, rows) and returns one number per
-    completion; rows[i]["ended"] is False if completion i was cut off"""
+    completion; rows[i]["ended"] is False if completion i was cut off, and
+    rows[i]["raw"] is its text with special tokens"""
     reward_model: str = ""  # folder or hub name of a reward model, used instead of --reward
 
     rounds: int = 1  # rounds of sampling and training, each from the policy of the one before
@@ -204,8 +208,7 @@ def verifier(prompts, completions, rows):
     """1.0 where the last number of the completion equals the row's `answer`, else 0.0."""
     rewards = []
     for text, row in zip(completions, rows, strict=True):
-        answer = float(str(row["answer"]).replace(",", ""))
-        rewards.append(float(last_number(text) == answer))
+        rewards.append(float(last_number(text) == last_number(str(row["answer"]))))
     return rewards
 
 
@@ -218,15 +221,30 @@ def load_candidates(args, tokenizer, context):
     if not args.completions:
         return candidates
     for row in load_rows(args.completions, "prompt", "completion"):
-        batch = encode(tokenizer, [row["prompt"]], [[row["completion"]]])
+        text = answer_text(row["completion"], row["prompt"])
+        batch = encode(tokenizer, [row["prompt"]], [[text]])
         if batch.prompt_ids.shape[1] + batch.completion_ids.shape[1] > context:
             stop(
                 f"{args.completions}: a completion with its prompt does not fit in the model's "
-                f"{context} tokens: {row['completion'][:80]!r}"
+                f"{context} tokens: {text[:80]!r}"
             )
         of_prompt = candidates.setdefault(str(row["prompt"]), [])
-        of_prompt.append((row["completion"], bool(row.get("ended", True))))
+        of_prompt.append((text, bool(row.get("ended", True))))
     return candidates
+
+
+def rows_to_answer(rows, candidates, args):
+    """The rows whose prompts are sampled for; without --sample those that have candidates."""
+    known = {str(row["prompt"]) for row in rows}
+    unused = set(candidates) - known
+    if unused:
+        print(f"{args.completions}: {len(unused)} of its prompts are not in {args.dataset}")
+    if args.sample:
+        return rows
+    rows = [row for row in rows if str(row["prompt"]) in candidates]
+    if not rows:
+        stop(f"{args.completions}: none of its prompts is in {args.dataset}")
+    return rows
 
 
 def whole_chunks(path, num_rows, size):
@@ -243,20 +261,24 @@ def whole_chunks(path, num_rows, size):
 def sample_groups(policy, tokenizer, rows, others, args):
     """Rows -> [{prompt, completions, ended}, ...]: --num-generations sampled, then `others`."""
     N = args.num_generations
-    sampled = []
+    sampled, raw = [], []
     ended = torch.ones(0)
     if args.sample:
         prompts = [row["prompt"] for row in rows]
         sampling = (N, args.max_new_tokens, args.temperature)
-        _, sampled, ended = generate(policy, tokenizer, prompts, *sampling)
+        batch, sampled, ended = generate(policy, tokenizer, prompts, *sampling)
+        raw = [row["raw"] for row in with_ended(rows, ended, batch, tokenizer)]
     groups = []
     for i, row in enumerate(rows):
         completions = sampled[i * N : (i + 1) * N]
         has_ended = ended[i * N : (i + 1) * N].tolist()
+        with_special = raw[i * N : (i + 1) * N]
         for text, done in others.get(str(row["prompt"]), []):
             completions.append(text)
             has_ended.append(done)
-        groups.append({"prompt": row["prompt"], "completions": completions, "ended": has_ended})
+            with_special.append(text)
+        group = {"prompt": row["prompt"], "completions": completions, "ended": has_ended}
+        groups.append(group | {"raw": with_special})
     return groups
 
 
@@ -266,8 +288,9 @@ def add_rewards(groups, rows, score):
     row_of_each = []
     for group, row in zip(groups, rows, strict=True):
         texts += group["completions"]
-        copies = [row] * len(group["ended"])
-        row_of_each += with_ended(copies, torch.tensor(group["ended"]))
+        raw = group.pop("raw", group["completions"])  # for the reward alone: it is not kept
+        for done, text in zip(group["ended"], raw, strict=True):
+            row_of_each.append(row | {"ended": done, "raw": text})
     values = score([row["prompt"] for row in row_of_each], texts, row_of_each)
     start = 0
     for group in groups:
@@ -352,8 +375,7 @@ def log_best_of_n(run, rewards):
     for n, kl, reward in zip(sizes, kls, means, strict=True):
         metrics = {"n": n, "kl_best_of_n": kl, "reward_best_of_n": reward}
         run.log(metrics, "n", "kl_best_of_n", "reward_best_of_n", always=True)
-    with suppress(ImportError):  # no matplotlib, no picture
-        draw_best_of_n(sizes, kls, means, run.folder / "best_of_n.png")
+    run.draw("best_of_n.png", draw_best_of_n, sizes, kls, means)
 
 
 def draw_best_of_n(sizes, kls, means, path):
@@ -402,12 +424,9 @@ def main(args: Args):
     score = load_reward(args.reward, verifier, *model_options)
     recompute = args.gradient_checkpointing
     policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
-    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens)
+    check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     others = load_candidates(args, tokenizer, policy.context)
-    if not args.sample:  # only prompts that others have answered
-        rows = [row for row in rows if str(row["prompt"]) in others]
-        if not rows:
-            stop(f"{args.completions}: none of its prompts is in {args.dataset}")
+    rows = rows_to_answer(rows, others, args)
     M = min(args.num_prompts, len(rows))
     K = args.top_k if args.top_k and args.select.endswith("overall") else M
     steps_per_round = math.ceil(K * args.num_epochs / args.batch_size) if args.train else 0

@@ -30,11 +30,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification, get_scheduler
 
-from common import encode, encode_prompt, last_scores
+from common import encode, encode_answers, last_scores
 from plumbing import (
     Run,
     answer_text,
     check_finite,
+    check_texts,
+    last_tokens,
     load_model,
     load_rows,
     load_splits,
@@ -42,6 +44,7 @@ from plumbing import (
     pick_device,
     run_script,
     set_other_pad,
+    show_batch,
     stop,
     stop_on_error,
 )
@@ -55,6 +58,9 @@ class Args:
     is the best, no two are equal); or `prompt`, `chosen`, `rejected`: a ranking of two"""
     eval_dataset: str = ""
     """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
+    show_rows: int = 0
+    """number of rows to print as the model gets them, with the places where the loss counts; then
+    the program ends; 0: train"""
 
     output_dir: str = "runs/rm_kwise"  # folder for metrics, curves, checkpoint and final model
     resume: bool = False  # continue from the checkpoint in --output-dir, with the same flags
@@ -179,7 +185,8 @@ def ranking_metrics(scores, lengths, ranks, prompt_of):
 def to_ranking(row):
     """A row -> texts of K completions, and their ranks (0 the best)."""
     if "completions" in row:
-        return row["completions"], row["ranks"]
+        texts = [answer_text(answer, row["prompt"]) for answer in row["completions"]]
+        return texts, row["ranks"]
     chosen = answer_text(row["chosen"], row["prompt"])
     rejected = answer_text(row["rejected"], row["prompt"])
     return [chosen, rejected], [0, 1]
@@ -228,8 +235,8 @@ def keep_comparable(examples, tokenizer, max_length, name):
     kept = []
     num_cut = 0
     for example in examples:
-        room = max(0, max_length - len(encode_prompt(tokenizer, example["prompt"])))
-        ids = tokenizer(example["completions"], add_special_tokens=False)["input_ids"]
+        prompt_ids, ids = encode_answers(tokenizer, example["prompt"], example["completions"])
+        room = max(0, max_length - len(prompt_ids))
         places = first_of_equals([row[:room] for row in ids])
         ranks = [example["ranks"][i] for i in places]
         levels = sorted(set(ranks))
@@ -238,7 +245,7 @@ def keep_comparable(examples, tokenizer, max_length, name):
         completions = [example["completions"][i] for i in places]
         ranks = [levels.index(rank) for rank in ranks]  # 0 is the best, and none is left out
         kept.append(example | {"completions": completions, "ranks": ranks})
-        num_cut += sum(len(ids[i]) >= room for i in places)
+        num_cut += sum(len(ids[i]) > room for i in places)
     num_dropped = len(examples) - len(kept)
     if num_cut or num_dropped:
         print(
@@ -291,9 +298,13 @@ def main(args: Args):
     set_other_pad(tokenizer)
     model.config.update({"pad_token_id": tokenizer.pad_token_id, "reward_bias": 0.0})
     max_length = min(args.max_length, model.context)
+    check_texts(tokenizer, model, examples + eval_examples)
     examples = keep_comparable(examples, tokenizer, max_length, args.dataset)
     eval_name = args.eval_dataset or "held out"
     eval_examples = keep_comparable(eval_examples, tokenizer, max_length, eval_name)
+    if args.show_rows:
+        batch = collate(examples[: args.show_rows], tokenizer, max_length)[0]
+        show_batch(tokenizer, batch, last_tokens(batch.completion_mask))
 
     order = []
     for epoch in range(args.num_epochs):  # each epoch in an order of its own
@@ -369,8 +380,8 @@ def main(args: Args):
     scores, _, _, _ = score_all(model, tokenizer, examples, max_length, args)
     model.config.reward_bias = -scores.mean().item()
     print(
-        f"reward_bias {model.config.reward_bias:.4g}: the mean reward of the training completions "
-        "is now 0"
+        f"reward_bias {model.config.reward_bias:.4g} is added to every score, so that their mean "
+        "over the training completions is 0"
     )
     run.finish(tokenizer, {"final": model})
 

@@ -24,16 +24,28 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import completion_logps, encode, encode_prompt, fixed_logps, generate, masked_mean
+from common import (
+    completion_logps,
+    content_text,
+    encode,
+    encode_answers,
+    encode_prompt,
+    fixed_logps,
+    generate,
+    masked_mean,
+)
 from plumbing import (
     Run,
+    answer_text,
     check_finite,
+    check_texts,
     load_model,
     load_rows,
     load_splits,
     load_tokenizer,
     pick_device,
     run_script,
+    show_batch,
     stop,
     stop_on_error,
 )
@@ -48,6 +60,9 @@ class Args:
     eval_dataset: str = ""
     """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
     from_scratch: bool = False  # start from random weights of the model's shape
+    show_rows: int = 0
+    """number of rows to print as the model gets them, with the places where the loss counts; then
+    the program ends; 0: train"""
 
     output_dir: str = "runs/sft"  # folder for metrics, samples, curves, checkpoint and final model
     resume: bool = False  # continue from the checkpoint in --output-dir, with the same flags
@@ -109,14 +124,17 @@ def sft_loss(logps, mask):
 
 
 def to_pairs(row):
-    """A row -> list of (prompt, completion text)."""
+    """A row -> list of (prompt, completion): a text, or a message that is more than its text."""
     if not row.get("messages"):
-        return [(row["prompt"], row.get("completion") or row["response"])]
+        answer = row.get("completion") or row["response"]
+        return [(row["prompt"], answer_text(answer, row["prompt"]))]
     chat = row["messages"]
     pairs = []
     for i, turn in enumerate(chat):
         if i > 0 and turn["role"] == "assistant":
-            pairs.append((chat[:i], turn["content"]))
+            has_more = any(turn.get(key) for key in ("tool_calls", "reasoning_content"))
+            answer = turn if has_more else content_text(turn.get("content"))
+            pairs.append((chat[:i], answer))
     return pairs
 
 
@@ -129,24 +147,35 @@ def load_pairs(rows, tokenizer, max_length, name):
     Prints how many were dropped, and how many completions are cut.
     """
     pairs = []
-    num_pairs = 0
-    num_cut = 0
+    num_pairs, num_cut, num_empty, num_silent = 0, 0, 0, 0
     for row in rows:
         with stop_on_error(f"{name}: neither a prompt with a completion nor messages: {row}"):
-            for prompt, text in to_pairs(row):
+            of_row = to_pairs(row)
+            num_silent += not of_row
+            for prompt, answer in of_row:
                 num_pairs += 1
-                room = max_length - len(encode_prompt(tokenizer, prompt))
-                if not text.strip():
-                    stop(f"{name}: an empty completion of {prompt}")
+                if isinstance(answer, str) and not answer.strip():
+                    num_empty += 1
+                    continue
+                prompt_ids, [ids] = encode_answers(tokenizer, prompt, [answer])
+                room = max_length - len(prompt_ids)
                 if room > 0:
-                    pairs.append((prompt, text))
-                    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-                    num_cut += len(ids) >= room
-    if num_cut or num_pairs > len(pairs):
+                    pairs.append((prompt, answer))
+                    num_cut += len(ids) > room
+    num_dropped = num_pairs - num_empty - len(pairs)
+    if num_cut or num_dropped:
         print(
-            f"{name}: of {num_pairs} completions, dropped {num_pairs - len(pairs)} whose prompt "
-            f"fills --max-length {max_length}, cut {num_cut} that pass it"
+            f"{name}: of {num_pairs} completions, dropped {num_dropped} whose prompt fills "
+            f"--max-length {max_length}, cut {num_cut} that pass it"
         )
+    if num_empty:
+        print(f"{name}: of {num_pairs} completions, dropped {num_empty} that are empty")
+    if num_silent:
+        print(f"{name}: dropped {num_silent} of {len(rows)} rows, without an assistant's answer")
+    if rows and not num_pairs:
+        stop(f"{name}: no row has a turn of the role assistant that answers another one")
+    if rows and num_pairs == num_empty:
+        stop(f"{name}: an empty completion in every row")
     if rows and not pairs:
         stop(f"{name}: no completion fits in --max-length {max_length}")
     return pairs
@@ -197,8 +226,12 @@ def main(args: Args):
     options = (device, args.dtype, args.gradient_checkpointing, args.from_scratch)
     model = load_model(AutoModelForCausalLM, args.model, *options)
     max_length = min(args.max_length, model.context)
+    check_texts(tokenizer, model, rows + eval_rows)
     pairs = load_pairs(rows, tokenizer, max_length, args.dataset)
     eval_pairs = load_pairs(eval_rows, tokenizer, max_length, args.eval_dataset or "held out")
+    if args.show_rows:
+        batch = encode_pairs(tokenizer, pairs[: args.show_rows], max_length)
+        show_batch(tokenizer, batch, batch.completion_mask)
 
     order = []
     for epoch in range(args.num_epochs):  # each epoch in an order of its own

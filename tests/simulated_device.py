@@ -144,6 +144,10 @@ def _accept_sim_device(name):
 def _attention(
     q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # the operation would add 0 and 1
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(
+            ~attn_mask, torch.finfo(q.dtype).min
+        )
     return torch.ops.aten._scaled_dot_product_attention_math(
         q, k, v, attn_mask, dropout_p, is_causal, None, scale=scale, enable_gqa=enable_gqa
     )[0]

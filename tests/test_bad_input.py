@@ -5,6 +5,7 @@ Most run in this process: ValueError with a text is what gives that text on stde
 
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -98,6 +99,7 @@ def test_the_program_says_one_line_and_exits_with_1(tmp_path, what):
         rows = word = str(tmp_path / "missing.jsonl")
     elif what == "folder":
         run.mkdir()
+        (run / "photo.png").write_text("dear to me")
         word = str(run)
     (tmp_path / "empty").mkdir()
     model = TOY if what != "model" else (word := str(tmp_path / "empty"))
@@ -192,7 +194,10 @@ def test_an_empty_prompt(script, tmp_path, prompt):
 @pytest.mark.parametrize("prompt", [5, {"a": 1}, [1], [{"role": "user"}], [{"content": "x"}]])
 def test_a_prompt_that_is_neither_text_nor_chat(script, tmp_path, prompt):
     path = write_rows(tmp_path / "bad.jsonl", *ROWS, ROWS[0] | {"prompt": prompt})
-    refused(script, tmp_path, str(prompt), dataset=path)
+    shown = repr(prompt[0]) if isinstance(prompt, list) else str(prompt)
+    text = refused(script, tmp_path, shown, dataset=path)
+    # A message of a tool call may be without content: there the template refuses
+    assert f"{path}, line 5: prompt " in text or prompt == [{"role": "user"}]
 
 
 @pytest.mark.parametrize("length", [250, 400])
@@ -205,8 +210,10 @@ def test_a_prompt_longer_than_the_context(tmp_path, length):
 
 
 def test_an_answer_that_is_no_number(tmp_path):
-    path = write_rows(tmp_path / "bad.jsonl", ROWS[0] | {"answer": "twelve"})
-    refused(grpo, tmp_path, "twelve", run_made=True, dataset=path, num_prompts=1)
+    path = write_rows(tmp_path / "bad.jsonl", *ROWS, ROWS[0] | {"answer": "twelve"})
+    refused(grpo, tmp_path, f"{path}, line 5: its answer 'twelve' is not one", dataset=path)
+    reward = reward_file(tmp_path, "return [1.0] * len(rows)")
+    grpo.main(some_args(grpo, tmp_path, dataset=path, reward=reward))  # it may be anything
 
 
 # --- Rows of sft.py -------------------------------------------------------------------------------
@@ -221,7 +228,44 @@ def test_an_empty_completion(tmp_path, completion):
 @pytest.mark.parametrize("completion", [5, ["a"], {"a": 1}])
 def test_a_completion_that_is_no_text(tmp_path, completion):
     path = write_rows(tmp_path / "bad.jsonl", ROWS[0], ROWS[1] | {"completion": completion})
-    refused(sft, tmp_path, str(completion), dataset=path)
+    shown = repr(completion[0]) if isinstance(completion, list) else str(completion)
+    refused(sft, tmp_path, f"{path}, line 2: completion ", shown, dataset=path)
+
+
+WRONG_KINDS = {
+    "messages": ["a text", 5, {"role": "user"}, ["a"], [{"role": 1, "content": "x"}]],
+    "response": [5, {"a": 1}, ["a"]],
+    "chosen": [5, True, [{"content": "x"}]],
+    "rejected": [0, [[]]],
+    "completions": ["a text", 5, {"a": 1}],
+    "ranks": ["1, 2", 1],
+    "steps": ["one\ntwo", 3],
+    "labels": ["+", 1],
+    "text": [5, ["a"]],
+    "ended": ["no", {"a": 1}],
+}
+
+
+@pytest.mark.parametrize("column", WRONG_KINDS)
+def test_a_column_that_all_read_alike_has_one_kind(tmp_path, column):
+    """Whatever the script; null is as if it were not there."""
+    for value in WRONG_KINDS[column]:
+        path = write_rows(tmp_path / "bad.jsonl", ROWS[0], {column: None}, {column: value})
+        text = message(plumbing.load_rows, path)
+        assert text.startswith(f"{path}, line 3: {column} ")
+    chat = [{"role": "user", "content": "x"}]
+    good = {"messages": chat, "response": "a", "chosen": chat, "rejected": "", "completions": [1]}
+    good |= {"ranks": [], "steps": ["a"], "labels": [1], "text": "a", "ended": 1, "mine": {"a": 1}}
+    path = write_rows(tmp_path / "good.jsonl", good, {"ended": False}, {"ended": [True]})
+    assert plumbing.load_rows(path)[0] == good
+
+
+@pytest.mark.parametrize("row", [{"prompt": "a\ud800"}, {"other": ["\udfff"]}, {"\ud801": 1}])
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path, row):
+    """No tokenizer takes it; JSON does."""
+    path = write_rows(tmp_path / "bad.jsonl", {"prompt": "\U0001f600"}, row)
+    text = message(plumbing.load_rows, path)
+    assert text.startswith(f"{path}, line 2: half of a surrogate pair")
 
 
 USER = {"role": "user", "content": "1+1"}
@@ -430,7 +474,7 @@ def test_no_samples_is_no_mistake(script, tmp_path):
 def test_sft_keeps_within_the_context(tmp_path, long, capsys):
     """A model with learned positions has none beyond: longer rows and answers are cut, and it is
     said of rows."""
-    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, vocab_size=64)
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=64, vocab_size=128)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(TOY).save_pretrained(tmp_path / "gpt2")
     row = ROWS[0] | ({"prompt": "1" * 40, "completion": "2" * 40} if long == "pair" else {})
@@ -460,7 +504,7 @@ def test_a_reward_file_that_is_not_there(tmp_path):
 
 def test_a_reward_file_without_the_function(tmp_path):
     reward = reward_file(tmp_path, "return [0.0] * len(rows)", name="another")
-    refused(grpo, tmp_path, reward, "KeyError", reward=reward)
+    refused(grpo, tmp_path, f"no function reward in {tmp_path}", reward=reward)
 
 
 @pytest.mark.parametrize("reward", ["verify", "reward.py", "reward.py:", ":reward", ""])
@@ -478,14 +522,16 @@ BODIES = {
     "column": ("return [row['length'] for row in rows]", "KeyError: 'length'"),
     "count": ("return [0.0] * 3", "3 values for 4"),
     "one number": ("return 1.0", "TypeError"),
-    "None": ("return None", "TypeError"),
+    "None": ("return None", "of type NoneType, not a list of numbers"),
     "Nones": ("return [None] * len(rows)", "TypeError"),
     "a None": ("return [1.0] * (len(rows) - 1) + [None]", "TypeError"),
     "nan": ("return [1.0] * (len(rows) - 1) + [math.nan]", "nan"),
     "inf": ("return [math.inf] * len(rows)", "inf"),
-    "text": ("return 'good'", "ValueError"),
+    "text": ("return 'good'", "of type str, not a list of numbers"),
     "texts": ("return ['good'] * len(rows)", "ValueError"),
-    "dict": ("return dict.fromkeys('abcd', 1.0)", "ValueError"),
+    "dict": ("return dict.fromkeys('abcd', 1.0)", "of type dict, not a list of numbers"),
+    "set": ("return {1.0, 2.0, 3.0, 4.0}", "of type set, not a list of numbers"),
+    "exit": ("raise SystemExit(0)", "called sys.exit(0)"),
 }
 
 
@@ -494,7 +540,7 @@ BODIES = {
 def test_a_reward_function_that_misbehaves(script, tmp_path, body, words):
     reward = reward_file(tmp_path, body)
     text = refused(script, tmp_path, reward, words, run_made=True, reward=reward)
-    if "raise " in body or "rows]" in body:
+    if "raise V" in body or "rows]" in body:
         assert "reward.py:5" in text  # where in the file
 
 
@@ -570,12 +616,9 @@ def test_rewards_that_float32_cannot_hold(tmp_path):
 
 @both
 def test_a_learning_rate_that_blows_up(script, tmp_path):
-    if script is grpo:
-        reward = reward_file(tmp_path, "return [float(i % 2) for i, _ in enumerate(rows)]")
-        changes = dict(num_steps=4, reward=reward)
-    else:
-        changes = dict(num_epochs=4, lr_schedule="constant")
-    refused(script, tmp_path, "--learning-rate", run_made=True, learning_rate=1e30, **changes)
+    """It is refused before anything is loaded; so is one that is no number."""
+    refused(script, tmp_path, "--learning-rate 1e+30: must be at most 1", learning_rate=1e30)
+    refused(script, tmp_path, "--learning-rate nan: must be a finite", learning_rate=math.nan)
 
 
 @both
@@ -672,18 +715,20 @@ def test_overwrite_does_not_delete_what_it_reads(script_and_run):
     script, args, run = script_and_run
     before = contents(run)
     args.overwrite, args.model = True, str(run / "final")
-    assert "would delete --model" in message(script.main, args)
+    assert f"holds {run / 'final'}, which this command reads" in message(script.main, args)
     args.model, args.dataset = TOY, str(run / "metrics.jsonl")
-    assert "would delete --dataset" in message(script.main, args)
+    assert f"holds {run / 'metrics.jsonl'}, which this" in message(script.main, args)
     assert contents(run) == before
 
 
 def test_overwrite_replaces_the_old_run(script_and_run):
     script, args, run = script_and_run
-    (run / "left over").write_text("")
+    (run / "notes.txt").write_text("dear to me")
+    (run / "final" / "left over").write_text("")
     args.overwrite, args.seed = True, 5
     script.main(args)
-    assert not (run / "left over").exists()
+    assert not (run / "final" / "left over").exists()
+    assert (run / "notes.txt").read_text() == "dear to me"
     assert json.loads((run / "args.json").read_text())["seed"] == 5
 
 

@@ -698,7 +698,9 @@ def test_pad_by_hand():
     ids, mask = common.pad(rows, "left")
     assert ids[:, -1].tolist() == [0, 0] and ids[0].tolist() == [0, 4, 0]
     assert mask.tolist() == [[True] * 3, [False, False, True]]
+    assert ids[1].tolist() == [0, 0, 0]
     assert ids.dtype == torch.long and mask.dtype == torch.bool
+    assert common.pad([[3, 4, 5], [6], [7, 8]], "left")[0][1:].tolist() == [[6] * 3, [8, 7, 8]]
     ids, mask = common.pad([[0], [3, 4]], "right")
     assert ids[1].tolist() == [3, 4] and ids[0, 0] == 0
     assert mask.tolist() == [[True, False], [True, True]]
@@ -713,7 +715,7 @@ def test_rows_are_cut_to_the_longest_of_them():
     assert part.prompt_of.tolist() == [0, 1, 1]
     assert part.prompt_mask.sum(1).tolist() == [2, 4] and part.prompt_mask[:, -1].all()
     assert part.completion_mask.sum(1).tolist() == [1, 2, 3]
-    assert (part.prompt_ids == 7).equal(part.prompt_mask)
+    assert (part.prompt_ids == 7).all()  # padded with each row's last id
     assert (part.completion_ids == 5).equal(part.completion_mask)
 
 
@@ -970,11 +972,18 @@ def test_checkpointing_computes_layers_twice_and_shares_no_prompts(batch, tmp_pa
     assert passes == [False, False]  # prompts, then completions
 
 
-def test_states_that_cannot_be_repeated_are_refused(batch):
-    model = make_model("llama")
-    model.config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(ValueError, match="cannot be repeated"):
-        common.completion_logps(model, batch)
+@pytest.mark.parametrize("types", [["linear_attention", "full_attention"], ["full_attention"]])
+def test_states_that_cannot_be_repeated_are_not_shared(batch, types):
+    """A recurrent layer, or one of which the cache says nothing: one pass of whole rows."""
+    model, rows = make_model("llama"), []
+    want = common.completion_logps(model, batch)
+    hook = lambda _, inputs: rows.append(len(inputs[0]))  # noqa: E731
+    model.model.embed_tokens.register_forward_pre_hook(hook)
+    common.completion_logps(model, batch)
+    model.config.layer_types = types
+    got = common.completion_logps(model, batch)
+    assert rows[0] < 6 and rows[1:] == [6, 6]  # prompts and completions; then rows alone
+    assert torch.allclose(got, want, atol=1e-4)
 
 
 # --- Generation by hand ---------------------------------------------------------------------------
@@ -1153,14 +1162,3 @@ def test_masked_mean_of_rows_and_columns():
     assert common.masked_mean(x, mask, 0).tolist() == [2.5, 2.0, 0.0]
     assert common.masked_mean(x, mask, 1).tolist() == [1.5, 4.0, 0.0]
     assert common.masked_mean(-x, mask).item() == pytest.approx(-7 / 3)
-
-
-def test_an_end_of_turn_may_be_an_added_token_that_is_not_special():
-    """As a fine-tune may have added it: completions end with it, and so does generation."""
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["<turn>"])
-    tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "<turn>\n")
-    end = tokenizer.convert_tokens_to_ids("<turn>")
-    assert end not in tokenizer.all_special_ids and common.end_of_turn(tokenizer) == end
-    batch = common.encode(tokenizer, ["ab"], [["cd"]])
-    assert batch.completion_ids[0, -1] == end

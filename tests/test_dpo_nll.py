@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import re
 import subprocess
 import sys
 import time
@@ -376,7 +375,8 @@ def test_no_difference_of_reward_is_said(tmp_path):
 
 VERIFIED = [
     ("1+1=2\n2", "2", 1.0), ("2 and 3", "2", 0.0), ("no number", "2", 0.0), ("-4", "-4", 1.0),
-    ("it is 1,234.50", "1234.5", 1.0), ("12", "1,2", 1.0), ("4", "-4", 0.0), ("4.", 4, 1.0),
+    ("it is 1,234.50", "1234.5", 1.0), ("12", "1,200", 0.0), ("1200", "1,200", 1.0),
+    ("4", "-4", 0.0), ("4.", 4, 1.0),
 ]  # fmt: skip
 
 
@@ -657,10 +657,10 @@ def test_metrics_of_a_verified_evaluation(small, tmp_path, tiny):
     rows, right = problems(40, 3), 0
     for row in rows:
         text = greedy(model, tiny, row["prompt"], 10)[0]
-        last = re.search(r"(?:^|[^-.,0-9])(\d+)[^0-9]*$", text)
+        last = plumbing.last_number(text)  # how it is read: test_numbers.py
         row["answer"] = "-99"
-        if last and row["number"] % 2:
-            row["answer"] = last[1]
+        if last is not None and last.denominator == 1 and row["number"] % 2:
+            row["answer"] = str(last)
             right += 1
     path = write(tmp_path / "answered.jsonl", rows)
     seen = small(eval_prompts=path, reward="verifier", eval_size=99, num_epochs=1, eval_dataset="")
@@ -1087,7 +1087,7 @@ def flag_num_pairs(run, base, folder):
 def flag_temperature(run, base, folder):
     """Of sampling: cold completions of a prompt are one text, hot ones another draw; the greedy
     answers are the same."""
-    observe.refused(run, "different reward", temperature=0.001)
+    observe.refused(run, "needs two sampled completions of a prompt", temperature=0.0)
     hot = run(temperature=3.0, iterations=1)
     assert set(hot.arguments("generate", "temperature")) == {3.0}
     assert hot.evals[0]["eval_reward"] == base.evals[0]["eval_reward"]
@@ -1099,6 +1099,7 @@ FLAGS = {
     "eval_prompts": flag_eval_prompts, "output_dir": observe.flag_output_dir,
     "resume": flag_resume, "overwrite": observe.flag_overwrite, "seed": flag_seed,
     "device": observe.flag_device, "dtype": observe.flag_dtype,
+    "show_rows": observe.flag_show_rows,
     "gradient_checkpointing": observe.flag_gradient_checkpointing,
     "share_prompts": observe.flag_share_prompts, "loss": flag_loss,
     "beta": by_value(beta=0.9), "alpha": by_value(alpha=2.0),
@@ -1141,7 +1142,7 @@ def test_flags_by_default():
         max_new_tokens=256, num_epochs=1, batch_size=64, micro_batch_size=8, max_length=1024,
         learning_rate=7e-7, lr_schedule="linear", warmup_ratio=0.1, max_grad_norm=1.0,
         eval_size=64, eval_every=100, checkpoint_every=100, log_samples=4, device="auto",
-        dtype="auto", gradient_checkpointing=False, resume=False, overwrite=False,
+        dtype="auto", show_rows=0, gradient_checkpointing=False, resume=False, overwrite=False,
     )  # fmt: skip
     assert {name: getattr(args, name) for name in want} == want
 

@@ -139,19 +139,6 @@ def test_a_lone_step_and_none_have_no_advantage(by_std):
     assert torch.allclose(got[4:], want, atol=1e-6)
 
 
-def test_the_constant_is_max_new_tokens_whatever_the_longest_completion(runs, monkeypatch):
-    lengths = []
-    weights = grpo.token_weights
-
-    def noting(mask, aggregate, max_len):
-        lengths.append((mask.shape[1], max_len))
-        return weights(mask, aggregate, max_len)
-
-    monkeypatch.setattr(grpo, "token_weights", noting)
-    runs(aggregate="constant", max_new_tokens=180, num_prompts=2, num_steps=1)
-    assert {max_len for _, max_len in lengths} == {180} and lengths[0][0] < 180
-
-
 def test_process_with_one_step_is_outcome():
     rewards = torch.tensor([1.0, 2.0, 3.0, 6.0])
     got = grpo.process_advantages(rewards[:, None], torch.full((4, 1), 4), 5, 4)
@@ -228,19 +215,19 @@ def test_verifier(text, answer, right):
 
 
 def test_step_ends():
-    assert grpo.step_ends(list("ab\ncd\nef") + [""], "\n") == [2, 5, 8]
-    assert grpo.step_ends(list("ab\n\ncd\n"), "\n") == [2, 6]
-    assert grpo.step_ends(["a\nb\n", "c", ""], "\n") == [0, 0, 2]
-    assert grpo.step_ends(list("a\n\nb") + [""], "\n\n") == [2, 4]
-    assert grpo.step_ends([""], "\n") == []
+    assert grpo.step_ends(list("ab\ncd\nef") + [""], "\n", "".join) == [2, 5, 8]
+    assert grpo.step_ends(list("ab\n\ncd\n"), "\n", "".join) == [2, 6]
+    assert grpo.step_ends(["a\nb\n", "c", ""], "\n", "".join) == [0, 0, 2]
+    assert grpo.step_ends(list("a\n\nb") + [""], "\n\n", "".join) == [2, 4]
+    assert grpo.step_ends([""], "\n", "".join) == []
 
 
 class LettersAtZero:
     """A tokenizer whose id 0, which stands in the padding, is a letter."""
 
-    def batch_decode(self, rows, skip_special_tokens):
+    def decode(self, row, skip_special_tokens):
         assert skip_special_tokens
-        return ["".join("a\n"[token] for token in row) for row in rows]
+        return "".join("a\n"[token] for token in row)
 
 
 def test_padding_is_no_step():
@@ -880,6 +867,7 @@ FLAGS = {
     "seed": policy_gradient.flag_seed,
     "device": observe.flag_device,
     "dtype": observe.flag_dtype,
+    "show_rows": observe.flag_show_rows,
     "gradient_checkpointing": observe.flag_gradient_checkpointing,
     "share_prompts": observe.flag_share_prompts,
     "reward": policy_gradient.flag_reward,
@@ -927,7 +915,8 @@ def test_defaults():
         grpo,
         dict(
             eval_dataset="", output_dir="runs/grpo", resume=False, overwrite=False, seed=0,
-            device="auto", dtype="auto", gradient_checkpointing=False, share_prompts=True,
+            device="auto", dtype="auto",
+            show_rows=0, gradient_checkpointing=False, share_prompts=True,
             reward="verifier", reward_model="", missing_eos_penalty=None, supervision="outcome",
             step_separator=r"\n", num_steps=200, num_prompts=16, num_generations=8,
             max_new_tokens=256, temperature=1.0, num_epochs=1, num_minibatches=1,

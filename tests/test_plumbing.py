@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,7 +132,7 @@ def test_help_has_the_scripts_own_defaults_and_names_the_toys(monkeypatch, flag,
         parsed(monkeypatch, flag)
     assert stopped.value.code == 0
     text = re.sub(r"[\s│|]+", " ", capsys.readouterr().out)
-    assert "with these defaults: --model toy/model --dataset toy/rows.jsonl" in text
+    assert "for the defaults below: --model toy/model --dataset toy/rows.jsonl" in text
     assert "--num-steps 7" in text and "(default: 200)" in text and "(default: 7)" not in text
     assert "(default: toy/model)" in text and "(required)" not in text
 
@@ -267,12 +268,14 @@ def test_rows_of_the_hub(monkeypatch):
     assert "owner/name, line 1: no b" in text
 
 
-def test_no_file_and_no_datasets(monkeypatch):
+def test_no_file_and_no_datasets(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     text = message(plumbing.load_rows, "here/missing.jsonl")
-    assert (
-        "here/missing.jsonl: no such file (for the hub: no such data set, or no `datasets`)" in text
-    )
+    assert text == "here/missing.jsonl: no such file"  # a name with this end is none of the hub
+    text = message(plumbing.load_rows, "owner/name")
+    assert "owner/name: no such file; a data set of the hub needs pip install" in text
+    text = message(plumbing.load_rows, str(tmp_path))
+    assert text == f"{tmp_path}: is a folder; it needs a file of JSON Lines"
 
 
 def some_prompts(number, repeat=1):
@@ -421,7 +424,15 @@ def test_a_tokenizer_is_loaded_or_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path / "no_eos")
     text = message(plumbing.load_tokenizer, str(tmp_path / "no_eos"))
     assert "no_eos" in text and "no EOS" in text
-    assert "no tokenizer there" in message(plumbing.load_tokenizer, str(tmp_path / "missing"))
+    text = message(plumbing.load_tokenizer, str(tmp_path / "missing"))
+    assert text.endswith("missing: no such folder, and no such tokenizer on the hub")
+    (tmp_path / "empty").mkdir()
+    text = message(plumbing.load_tokenizer, str(tmp_path / "empty"))
+    assert "empty: no tokenizer in it that can be loaded" in text
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "config.json").write_text("{}")
+    text = message(plumbing.load_tokenizer, str(tmp_path / "run"))
+    assert text.endswith(f"run: no tokenizer in it; did you mean {tmp_path / 'run' / 'final'}?")
 
 
 def closing(tokenizer, form):
@@ -486,14 +497,14 @@ def test_what_comes_after_an_answer(end, start):
     tokenizer = turns("{{ '" + end + "' }}", start)
     end = end.replace("\\n", "\n")
     for again in (tokenizer, closing(tokenizer, "<bos> $A <eos>")):
-        assert plumbing.after_answer(again) == ids_of(tokenizer, end)
+        assert common.after_answer(again) == ids_of(tokenizer, end)
     first = {"<turn>\n": "<turn>", "<turn><eos>": "<turn>"}.get(end, "<eos>")
     assert plumbing.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids(first)
 
 
 def test_without_a_template_a_completion_ends_with_the_eos():
     tokenizer = make_tokenizer(chat=False)
-    assert plumbing.after_answer(tokenizer) == [] and plumbing.end_of_turn(tokenizer) == 1
+    assert common.after_answer(tokenizer) == [] and plumbing.end_of_turn(tokenizer) == 1
 
 
 def test_the_first_special_id_ends_a_turn_and_not_what_is_before_it():
@@ -526,13 +537,48 @@ def test_the_bos_is_no_pad():
 
 
 def test_a_prompt_has_to_fit_with_its_completion():
-    tokenizer, model = make_tokenizer(chat=False), SimpleNamespace(context=10)
+    tokenizer, model = make_tokenizer(chat=False), make_model("llama")
+    model.context = 10
     check = plumbing.check_prompts
     check(tokenizer, model, [{"prompt": "abcd"}, {"prompt": "a"}], 6)
     text = message(check, tokenizer, model, [{"prompt": "a"}, {"prompt": "abcd"}], 7)
-    assert "a prompt of 4 tokens with --max-new-tokens 7" in text and "10: 'abcd'" in text
+    assert (
+        "a prompt of 4 tokens with --max-new-tokens 7" in text and "10 (at most 6): 'abcd'" in text
+    )
     assert "a prompt of 0 tokens" in message(check, tokenizer, model, [{"prompt": ""}], 6)
-    check(tokenizer, SimpleNamespace(context=math.inf), [{"prompt": "a" * 999}], 999)
+    model.context = math.inf
+    check(tokenizer, model, [{"prompt": "a" * 999}], 999)
+
+
+def embedding(size):
+    return SimpleNamespace(
+        context=100, get_input_embeddings=lambda: SimpleNamespace(weight=torch.zeros(size, 2))
+    )
+
+
+def test_tokens_without_an_embedding_are_refused():
+    """The tokenizer has 261 tokens, of which <turn> is 259 and <more> 260."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>", "<more>"]})
+    check = plumbing.check_vocabulary
+    rows = [{"prompt": "a"}, {"prompt": [turn("user", "b<more>")]}]
+    check(tokenizer, embedding(261), rows)
+    check(tokenizer, embedding(400), rows)
+    check(tokenizer, embedding(260), rows[:1])
+    text = message(check, tokenizer, embedding(260), rows)
+    assert "'<more>' is beyond the model's 260 embeddings" in text and "b<more>" in text
+    text = message(plumbing.check_prompts, tokenizer, embedding(260), rows, 4)
+    assert "'<more>' is beyond the model's 260 embeddings" in text
+    ends = turns("<more>")
+    check(ends, embedding(261), rows[:1])
+    text = message(check, ends, embedding(260), rows[:1])
+    assert text == "the tokenizer's turns have tokens beyond the model's 260 embeddings"
+    plain_end = make_tokenizer(chat=False)  # here only the completion has the end
+    plain_end.add_special_tokens({"additional_special_tokens": ["<turn>", "<more>"]})
+    plain_end.eos_token = "<more>"
+    assert "turns have tokens" in message(check, plain_end, embedding(260), rows[:1])
+    starts = turns("<eos>", start="<more>")
+    assert "turns have tokens" in message(check, starts, embedding(260), rows[:1])
 
 
 # --- Models ---------------------------------------------------------------------------------------
@@ -561,7 +607,8 @@ def test_a_file_in_bfloat16_becomes_float32_weights(half):
     assert model.recompute is False and model.has_new_head is False
 
 
-def test_weights_go_to_the_device(half):
+def test_weights_go_to_the_device(half, monkeypatch):
+    monkeypatch.setattr(plumbing, "_probe", lambda model, path: None)  # meta computes nothing
     model = plumbing.load_model(AutoModelForCausalLM, half, torch.device("meta"))
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
@@ -628,7 +675,14 @@ def test_weights_that_are_not_there_are_not_made_up(half, tmp_path):
         text = message(plumbing.load_model, auto, str(tmp_path), CPU, new_head=head)
         assert f"{tmp_path}: no weights for {gone} in it" in text
     text = message(plumbing.load_model, AutoModelForCausalLM, str(tmp_path / "missing"), CPU)
-    assert "no model there that AutoModelForCausalLM loads" in text
+    assert text.endswith("missing: no such folder, and no such model on the hub")
+    (tmp_path / "empty").mkdir()
+    text = message(plumbing.load_model, AutoModelForCausalLM, str(tmp_path / "empty"), CPU)
+    assert "empty: no model in it that can be loaded" in text
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "config.json").write_text("{}")
+    text = message(plumbing.load_model, AutoModelForCausalLM, str(tmp_path / "run"), CPU)
+    assert text.endswith(f"run: no model in it; did you mean {tmp_path / 'run' / 'final'}?")
 
 
 @pytest.mark.parametrize(
@@ -730,10 +784,13 @@ def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-COUNTS = ["num_steps", "max_new_tokens", "micro_batch_size", "batch_size", "eval_every"]
+COUNTS = [
+    "num_steps", "max_new_tokens", "micro_batch_size", "batch_size", "eval_every", "max_length",
+    "num_generations", "num_epochs", "ptx_batch_size", "rounds", "checkpoint_every",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*COUNTS, "checkpoint_every"])
+@pytest.mark.parametrize("name", COUNTS)
 def test_a_count_is_at_least_one(tmp_path, name):
     folder = tmp_path / "run"
     for value in (0, -1):
@@ -754,17 +811,180 @@ def test_other_numbers_are_at_least_zero(tmp_path):
             assert f"--{name.replace('_', '-')} {value}: must be at least" in text
 
 
+LIMITS = {
+    "seed": (0, 2**63 - 1, -1, 2**63),
+    "learning_rate": (0.0, 1.0, -1e-9, 1.001),
+    "critic_learning_rate": (0.0, 1.0, -1e-9, 1.001),
+    "weight_decay": (0.0, 1.0, -0.1, 1.1),
+    "warmup_ratio": (0.0, 1.0, -0.1, 1.1),
+    "label_smoothing": (0.0, 0.5, -0.1, 0.51),
+    "gamma": (0.0, 1.0, -0.1, 1.01),
+    "lam": (0.0, 1.0, -0.1, 1.01),
+    "moving_decay": (0.0, 1.0, -0.1, 1.01),
+    "temperature": (0.0, 100.0, -0.1, 101.0),
+    "eta": (1e-9, 1e300, 0.0, None),
+    "kl_horizon": (1, 10**9, 0, None),
+    "rounds": (1, 10**9, 0, None),
+}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_flag_has_a_smallest_and_a_largest_value(tmp_path, name):
+    assert plumbing.RANGES.keys() == LIMITS.keys()
+    least, most, below, above = LIMITS[name]
+    flag = f"--{name.replace('_', '-')}"
+    for value in (least, most):
+        plumbing.Run(some_args(tmp_path / "run", **{name: value}))
+    text = message(plumbing.Run, some_args(tmp_path / "run", **{name: below}))
+    assert text == f"{flag} {below}: must be at least {least:.4g}"
+    if above is not None:
+        text = message(plumbing.Run, some_args(tmp_path / "run", **{name: above}))
+        assert text.startswith(f"{flag} {above}: must be at most {str(most).removesuffix('.0')}")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["beta", "learning_rate", "eta", "max_grad_norm", "temperature"])
+def test_a_flag_is_finite(tmp_path, name, value):
+    text = message(plumbing.Run, some_args(tmp_path / "run", **{name: value}))
+    assert text == f"--{name.replace('_', '-')} {value}: must be a finite number"
+
+
+def test_a_temperature_is_none_or_not_tiny(tmp_path):
+    """Logits divided by less than 0.01 overflow; 0 means the likeliest tokens."""
+    for value in (0.0, 0, 0.01, 1.5):
+        plumbing.Run(some_args(tmp_path / "run", temperature=value))
+    text = message(plumbing.Run, some_args(tmp_path / "run", temperature=0.009))
+    assert text.startswith("--temperature 0.009: must be at least 0.01, or 0")
+
+
+def test_the_range_of_a_flag_is_in_its_help(monkeypatch, capsys):
+    @dataclass
+    class Ranged:
+        model: str  # a folder
+        dataset: str  # a file
+        gamma: float = 1.0  # of the future
+        rounds: int = 2  # of sampling
+
+    monkeypatch.setattr("sys.argv", ["grpo.py", "--help"])
+    helps = {"gamma": "of the future", "rounds": "of sampling", "model": "", "dataset": ""}
+    monkeypatch.setattr(plumbing, "_help_texts", lambda Args: helps)
+    with pytest.raises(SystemExit):
+        plumbing.parse_args(Ranged, {"model": "toy/model", "dataset": "toy/rows.jsonl"})
+    text = re.sub(r"[\s│|]+", " ", capsys.readouterr().out)
+    assert "of the future [0 to 1]" in text and "of sampling [1 or more]" in text
+
+
 def test_a_folder_that_is_there_is_not_begun_anew(tmp_path):
     folder = tmp_path / "run"
-    begun(folder)
+    begun(folder).log({"a": 1.0})
     text = message(plumbing.Run, some_args(folder))
     assert f"{folder} exists: use --resume or --overwrite, or another --output-dir" in text
     for flag in ("resume", "overwrite"):
         assert plumbing.Run(some_args(folder, **{flag: True})).step == 0
-    (folder / "args.json").unlink()  # no run: it may be anyone's
-    for flag in ("resume", "overwrite"):
-        assert "exists" in message(plumbing.Run, some_args(folder, **{flag: True}))
     assert "--resume: no run" in message(plumbing.Run, some_args(tmp_path / "no", resume=True))
+
+
+@pytest.mark.parametrize("args", [None, "[]", "no json", '{"seed": 0}', '{"script": ""}'])
+def test_a_folder_of_someone_else_is_left_alone(tmp_path, args):
+    """One with files and without our args.json, whatever the flags."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("mine")
+    if args is not None:
+        (folder / "args.json").write_text(args)
+    assert "exists: use" in message(plumbing.Run, some_args(folder))
+    text = message(plumbing.Run, some_args(folder, overwrite=True))
+    assert text == f"--overwrite: {folder} holds no run of these scripts: nothing in it is replaced"
+    if args is None:
+        assert "--resume: no run in" in message(plumbing.Run, some_args(folder, resume=True))
+    assert (folder / "metrics.jsonl").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    begun(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("given", ["", " ", ".", "~", "here", "../here", "~/"])
+def test_a_run_has_a_folder_of_its_own(tmp_path, monkeypatch, given):
+    """Not the working folder, not the home folder; both with a run's marker in them, as if."""
+    here, home = tmp_path / "here", tmp_path / "home"
+    for folder in (here, home):
+        folder.mkdir()
+        (folder / "args.json").write_text('{"script": "grpo"}')
+        (folder / "final").mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    given = str(here) if given == "here" else given
+    for flags in ({}, {"overwrite": True}, {"resume": True}):
+        text = message(plumbing.Run, some_args(given, **flags))
+        assert text == f"--output-dir {given!r}: a run needs a folder of its own"
+    plumbing.Run(some_args("~/run")).begin({}, 3)
+    assert (home / "run" / "args.json").exists() and not (here / "~").exists()
+
+
+def test_a_link_and_a_file_are_no_folder_of_a_run(tmp_path):
+    begun(tmp_path / "run")
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.symlink_to(tmp_path / "run")
+    file.write_text("mine")
+    for flags in ({}, {"overwrite": True}, {"resume": True}):
+        text = message(plumbing.Run, some_args(link, **flags))
+        assert text == f"--output-dir {link} is a link: give the folder that it leads to"
+    for flags in ({}, {"overwrite": True}):
+        assert message(plumbing.Run, some_args(file, **flags)) == f"--output-dir {file} is a file"
+    assert "--resume: no run" in message(plumbing.Run, some_args(file, resume=True))
+    assert file.read_text() == "mine"
+
+
+def test_a_start_that_failed_is_no_run_to_keep(tmp_path):
+    """It left args.json and the lock, and nothing that took time."""
+    folder = tmp_path / "run"
+    begun(folder)
+    assert {path.name for path in folder.iterdir()} == {"args.json", "lock"}
+    (folder / "args.json.new").write_text("half")
+    begun(folder, seed=5)
+    assert json.loads((folder / "args.json").read_text())["seed"] == 5
+    begun(folder, seed=5, resume=True)
+    (folder / "notes.txt").write_text("mine")
+    assert "exists: use" in message(plumbing.Run, some_args(folder))
+
+
+HOLD = """
+import sys, time, types
+sys.path.insert(0, {root!r})
+import plumbing
+args = types.SimpleNamespace(output_dir={folder!r}, resume=False, overwrite=False)
+run = plumbing.Run(args)
+run.begin({{}}, 3)
+print("begun", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    """While another process has begun there; once it is gone, even killed, the folder is free."""
+    folder = tmp_path / "run"
+    code = HOLD.format(root=str(ROOT), folder=str(folder))
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
+    try:
+        assert other.stdout.readline() == "begun\n"
+        before = (folder / "args.json").read_text()
+        for flags in ({}, {"overwrite": True}):
+            run = plumbing.Run(some_args(folder, **flags))
+            assert message(run.begin, {}, 3) == f"another run is writing to {folder}"
+        assert (folder / "args.json").read_text() == before
+    finally:
+        other.kill()
+        other.communicate()
+    begun(folder)
+    assert json.loads((folder / "args.json").read_text())["model"] == "m"
+
+
+def test_a_run_that_began_meanwhile_is_not_begun_anew(tmp_path):
+    """Between the check of the flags and begin there are minutes of loading."""
+    folder = tmp_path / "run"
+    late = plumbing.Run(some_args(folder))
+    begun(folder).log({"a": 1.0})
+    assert "exists: use" in message(late.begin, {}, 3)
+    assert read(folder / "metrics.jsonl")[0]["a"] == 1.0
 
 
 @pytest.mark.parametrize("given", ["relative folder", "relative model", "both", "neither"])
@@ -772,7 +992,7 @@ def test_overwrite_does_not_delete_what_it_reads(tmp_path, monkeypatch, given):
     """However the paths of the folder and of the model in it are written."""
     monkeypatch.chdir(tmp_path)
     folder, model = tmp_path / "run", tmp_path / "run" / "final" / "deep"
-    begun(folder)
+    begun(folder).log({"a": 1.0})
     model.mkdir(parents=True)
     outside = tmp_path / "running"
     outside.mkdir()
@@ -781,9 +1001,14 @@ def test_overwrite_does_not_delete_what_it_reads(tmp_path, monkeypatch, given):
     (tmp_path / "x").mkdir()
     inside = str(start / "run" / "final" / "deep")
     text = message(plumbing.Run, some_args(shown, model=inside, overwrite=True))
-    assert f"--overwrite would delete --model {inside}" in text
+    wanted = f"--overwrite: the run in {shown} holds {inside}, which this command reads"
+    assert text == wanted
     text = message(plumbing.Run, some_args(shown, eval_dataset=inside, overwrite=True))
-    assert "--overwrite would delete --eval-dataset" in text
+    assert text == wanted
+    (folder / "mine.py").write_text("")
+    reward = str(start / "run" / "mine.py") + ":f"
+    text = message(plumbing.Run, some_args(shown, reward=reward, overwrite=True))
+    assert "mine.py, which this command reads" in text
     plumbing.Run(some_args(shown, model=str(outside), overwrite=True))
     plumbing.Run(some_args(shown, model=str(folder / "missing"), overwrite=True))
     assert model.exists()
@@ -797,15 +1022,59 @@ def test_a_model_of_the_run_itself_may_be_read_where_nothing_is_deleted(tmp_path
     plumbing.Run(args)
 
 
-def test_resume_needs_the_same_flags(tmp_path):
+def test_resume_needs_the_same_flags(tmp_path, capsys):
     folder = tmp_path / "run"
     begun(folder)
     for name, value, old in (("seed", 1, 0), ("learning_rate", 0.2, 0.1), ("model", "n", "m")):
         text = message(plumbing.Run, some_args(folder, resume=True, **{name: value}))
-        assert f"began with {name} {old}, not {value}" in text
-    assert "new None, not 1" in message(plumbing.Run, some_args(folder, resume=True, new=1))
-    plumbing.Run(some_args(folder, resume=True, num_steps=9))
+        flag = f"--{name.replace('_', '-')}"
+        assert f"began with {flag} {old}, not {value} (only --num-steps may change)" in text
+    assert "--new None, not 1" in message(plumbing.Run, some_args(folder, resume=True, new=1))
+    capsys.readouterr()
     plumbing.Run(some_args(folder, resume=True, overwrite=True))
+    assert capsys.readouterr().out == ""
+    plumbing.Run(some_args(folder, resume=True, num_steps=9))
+    said = "--num-steps 9, begun with 3: from here on the learning rate is that of a run of 9 steps"
+    assert capsys.readouterr().out == said + "\n"
+
+
+def test_resume_needs_the_same_script(tmp_path):
+    folder = tmp_path / "run"
+    begun(folder)
+    args = json.loads((folder / "args.json").read_text())
+    assert args["script"] == "types"  # the module of these tests' args
+    (folder / "args.json").write_text(json.dumps(args | {"script": "grpo"}))
+    text = message(plumbing.Run, some_args(folder, resume=True))
+    assert text == f"--resume: {folder} was begun by grpo.py"
+    for name in ("script", "inputs"):  # of a run that is older than these
+        del args[name]
+    (folder / "args.json").write_text(json.dumps(args))
+    plumbing.Run(some_args(folder, resume=True))
+    (folder / "args.json").write_text("{")
+    assert "--resume: cannot read" in message(plumbing.Run, some_args(folder, resume=True))
+
+
+def test_resume_needs_the_same_files(tmp_path):
+    """Files are compared by what is in them, also those of a reward; folders are not."""
+    folder, data, mine = tmp_path / "run", tmp_path / "rows.jsonl", tmp_path / "mine.py"
+    model = tmp_path / "model"
+    model.mkdir()
+    data.write_text("rows")
+    mine.write_text("code")
+    files = dict(dataset=str(data), reward=f"{mine}:f", model=str(model))
+    begun(folder, **files)
+    inputs = json.loads((folder / "args.json").read_text())["inputs"]
+    assert inputs.keys() == {str(data), str(mine), str(model)} and inputs[str(model)] == ""
+    data.write_text("rows")
+    (model / "config.json").write_text("{}")
+    plumbing.Run(some_args(folder, resume=True, **files))
+    for path in (data, mine):
+        text = path.read_text()
+        path.write_text(text + "\n")
+        said = message(plumbing.Run, some_args(folder, resume=True, **files))
+        assert said == f"--resume: {path} is no longer what it was when the run began"
+        path.write_text(text)
+    plumbing.Run(some_args(folder, resume=True, **files))
 
 
 # --- Begin, checkpoint and resume -----------------------------------------------------------------
@@ -816,17 +1085,36 @@ def test_nothing_is_written_before_begin(tmp_path):
     run = plumbing.Run(some_args(folder))
     assert not folder.parent.exists()
     run.begin({}, 3)
-    assert json.loads((folder / "args.json").read_text()) == vars(run.args)
-    assert [path.name for path in folder.iterdir()] == ["args.json"]
+    more = {"script": "types", "inputs": {}}
+    assert json.loads((folder / "args.json").read_text()) == vars(run.args) | more
+    assert {path.name for path in folder.iterdir()} == {"args.json", "lock"}
 
 
-def test_overwrite_begins_in_an_empty_folder(tmp_path):
+WRITTEN = [
+    "metrics.jsonl", "samples.jsonl", "curves.png", "reward_histogram.png", "best_of_n.png",
+    "checkpoint/state.pt", "final/model.safetensors", "critic/config.json", "control/config.json",
+    "pairs/1.jsonl", "candidates/1.jsonl", "final.old/config.json", "checkpoint/state.pt.new",
+    "final.new/config.json", "curves.png.new",
+]  # fmt: skip
+
+
+def test_overwrite_deletes_what_a_run_writes_and_nothing_else(tmp_path):
     folder = tmp_path / "run"
-    run = begun(folder)
-    run.append("old.jsonl", [{}])
-    run.checkpoint()
+    begun(folder).checkpoint()
+    mine = ["notes.txt", "data.jsonl", "final2/model.safetensors", "figures/a.png"]
+    for name in WRITTEN + mine:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("old")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "kept").write_text("mine")
+    shutil.rmtree(folder / "critic")
+    (folder / "critic").symlink_to(elsewhere)  # the link goes, what it leads to stays
     run = begun(folder, overwrite=True, seed=4)
-    assert [path.name for path in folder.iterdir()] == ["args.json"] and run.step == 0
+    left = {str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()}
+    assert left == {"args.json", "lock", *mine} and run.step == 0
+    assert [(folder / name).read_text() for name in mine] == ["old"] * 4
+    assert not (folder / "critic").is_symlink() and (elsewhere / "kept").read_text() == "mine"
     assert json.loads((folder / "args.json").read_text())["seed"] == 4
 
 
@@ -893,13 +1181,80 @@ def test_a_checkpoint_cuts_off_what_came_after_it(tmp_path):
     run.checkpoint()
     run.append("metrics.jsonl", [{"a": 3}])
     (folder / "samples.jsonl").open("a").write('{"b": ')
-    run.append("later.jsonl", [{"c": 1}])
-    (folder / "notes.txt").write_text("mine")
+    (folder / "notes.jsonl").write_text("mine")
     begun(folder, resume=True)
     assert read(folder / "metrics.jsonl") == [{"a": 1}, {"a": 2}]
     assert read(folder / "samples.jsonl") == [{"b": 1}]
-    assert (folder / "later.jsonl").read_text() == ""
-    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "notes.jsonl").read_text() == "mine"
+
+
+def test_a_log_that_began_after_the_checkpoint_is_emptied(tmp_path):
+    folder = tmp_path / "run"
+    run = begun(folder)
+    run.checkpoint()
+    run.append("samples.jsonl", [{"b": 1}])
+    begun(folder, resume=True)
+    assert (folder / "samples.jsonl").read_text() == ""
+    assert not (folder / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("left", ["", '{"a"', None])
+def test_a_log_shorter_than_at_the_checkpoint_is_said(tmp_path, name, left):
+    """Cutting to a size cannot bring back what is gone: zeros would come in its place."""
+    folder = tmp_path / "run"
+    run = begun(folder)
+    run.append(name, [{"a": 1}])
+    run.checkpoint()
+    (folder / name).unlink()
+    if left is not None:
+        (folder / name).write_text(left)
+    text = message(begun, folder, resume=True)
+    assert text == f"--resume: {folder / name} is shorter than it was at the checkpoint"
+    assert left is None or (folder / name).read_text() == left
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_broken_weights_are_not_saved(tmp_path, bad):
+    """The checkpoint before them stays."""
+    model = torch.nn.Linear(2, 2)
+    run = begun(tmp_path / "run", {"model": model, "plain": SimpleNamespace(a=math.nan)})
+    run.step = 1
+    run.checkpoint()
+    run.step = 2
+    model.bias.data[1] = bad
+    text = message(run.checkpoint)
+    assert text.startswith("step 2 broke the weights (model): lower --learning-rate")
+    text = message(run.finish, Saved("tokenizer"), {"final": Saved("model")})
+    assert "broke the weights" in text and not (tmp_path / "run" / "final").exists()
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
+    assert state["step"] == 1 and state["model"]["bias"].isfinite().all()
+
+
+def falling(num_steps, model):
+    """An optimiser and its schedule, whose rate falls from 1 to 0 over the steps of the run."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    share = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num_steps)
+    return optimizer, share
+
+
+def test_another_number_of_steps_has_the_rate_of_its_schedule(tmp_path):
+    """After 2 of 4 steps the rate is 1 - 2/4; of a run of 8 it is 1 - 2/8, then 1 - 3/8."""
+    folder, model = tmp_path / "run", torch.nn.Linear(1, 1)
+    optimizer, scheduler = falling(4, model)
+    run = begun(folder, {"optimizer": optimizer, "scheduler": scheduler}, num_steps=4)
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    run.checkpoint()
+    optimizer, scheduler = falling(8, model)
+    parts = {"optimizer": optimizer, "scheduler": scheduler}
+    begun(folder, parts, num_steps=8, resume=True)
+    assert optimizer.param_groups[0]["lr"] == 0.75 and scheduler.get_last_lr() == [0.75]
+    optimizer.step()
+    scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.625
 
 
 def test_without_a_checkpoint_a_resumed_run_begins_again(tmp_path):
@@ -1015,6 +1370,49 @@ def test_many_completions_without_an_end_are_warned_of(tmp_path, capsys):
     run.log({"ended": torch.tensor(0.5)})
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "25%" in lines[0] and "--max-new-tokens 7" in lines[0]
+
+
+def test_three_steps_of_equal_rewards_are_warned_of(tmp_path, capsys):
+    """In a row, once; rows without rewards, such as evaluations, do not count."""
+    run = begun(tmp_path / "run")
+    for std in (0.0, 0.0, 0.1, 0.0, torch.tensor(0.0)):
+        run.log({"reward_std": std})
+        run.log({"eval_reward": 1.0})
+    assert capsys.readouterr().err == ""
+    run.log({"reward_std": 0.0})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("warning: all rewards of the last three steps")
+    for _ in range(6):
+        run.log({"reward_std": 0.0})
+    run.log({"reward_std": 1.0})
+    for _ in range(3):
+        run.log({"reward_std": 0.0})
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_about_to_run_is_printed(tmp_path, capsys):
+    run = begun(tmp_path / "run", num_steps=3)
+    run.args.eval_dataset = ""
+    model = SimpleNamespace(
+        parameters=lambda: [torch.zeros(1000, 1234), torch.zeros(5)],
+        autocast_dtype=None,
+        device=CPU,
+    )
+    capsys.readouterr()
+    run.describe(model, 40, 4, "2 prompts")
+    lines = ["m: 1.2 million parameters, on cpu in float32"]
+    lines += ["40 training rows, 4 held out; 3 steps of 2 prompts"]
+    assert capsys.readouterr().out.splitlines() == lines
+    run.args.from_scratch, run.args.eval_dataset, run.step = True, "e.jsonl", 1
+    model.autocast_dtype = torch.bfloat16
+    run.describe(model, 40, 4, "2 prompts")
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.endswith("drawn at random (--from-scratch), on cpu in bfloat16 autocast")
+    assert "4 held out (e.jsonl);" in second and third.startswith("goes on after step 1 of ")
+    run.step = 3
+    run.describe(model, 40, 0, "2 prompts")
+    _, second, third = capsys.readouterr().out.splitlines()
+    assert "0 held out;" in second and third.startswith("all 3 steps of ") and "are done" in third
 
 
 def test_samples_are_rows_of_their_step(tmp_path):
@@ -1203,7 +1601,7 @@ def test_tokenizers_and_models_that_were_saved_load_again(tmp_path, tiny):
 
 @pytest.fixture
 def usual_signals():
-    """Handlers as of a program in the foreground: one in the background may ignore both."""
+    """Handlers as of a program in the foreground: one started in the background has none."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

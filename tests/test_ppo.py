@@ -34,6 +34,7 @@ from transformers import (
 )
 
 import common
+import plumbing
 import ppo
 
 
@@ -400,21 +401,6 @@ def test_a_step_is_that_of_the_textbook(tiny, tmp_path, monkeypatch, size):
 
 def test_later_minibatches_have_another_ratio(tiny, tmp_path):
     assert run(tiny_args(tiny, tmp_path, learning_rate=1e-3, num_steps=1))[0]["approx_kl"] > 1e-5
-
-
-def test_each_gradient_step_draws_pretraining_texts_of_its_own(tiny, tmp_path, monkeypatch):
-    drawn = []
-    encode = ppo.encode_texts
-
-    def noting(tokenizer, texts, max_length):
-        drawn.append(tuple(texts))
-        return encode(tokenizer, texts, max_length)
-
-    monkeypatch.setattr(ppo, "encode_texts", noting)
-    texts = write(tmp_path / "texts.jsonl", [{"text": str(1000 + i)} for i in range(60)])
-    changes = dict(num_steps=2, num_epochs=1, num_minibatches=2, ptx_coef=1.0, ptx_batch_size=4)
-    run(tiny_args(tiny, tmp_path, pretrain_dataset=texts, **changes))
-    assert len(drawn) == len(set(drawn)) == 4
 
 
 def test_one_gradient_step_computes_no_old_logps(tiny, tmp_path, monkeypatch):
@@ -930,6 +916,7 @@ FLAGS = {
     "seed": flag_seed,
     "device": observe.flag_device,
     "dtype": observe.flag_dtype,
+    "show_rows": observe.flag_show_rows,
     "gradient_checkpointing": observe.flag_gradient_checkpointing,
     "share_prompts": observe.flag_share_prompts,
     "reward": flag_reward,
@@ -1020,23 +1007,24 @@ def test_evaluation_is_greedy_on_the_held_out_rows(run_tiny, length):
         for one, held in zip(asked, HELD, strict=False):
             ids = greedy(model, toy_ids(tokenizer, held["prompt"]), length, tokenizer.eos_token_id)
             assert one["text"] == tokenizer.decode(ids, skip_special_tokens=True)
-            assert one["row"] == held | {"ended": ids[-1] == tokenizer.eos_token_id}
+            assert observe.without_raw([one["row"]])[0] == held | {
+                "ended": ids[-1] == tokenizer.eos_token_id
+            }
         want = sum(one["value"] for one in asked) / 4
         assert row["eval_reward"] == pytest.approx(want, rel=1e-5)
 
 
 def last_number(text):
-    found = re.findall(r"-?\d+", text)
-    return found[-1] if found else None
+    return plumbing.last_number(text)  # how it is read: test_numbers.py
 
 
 def test_gold_reward_beside_a_reward_that_says_the_opposite(run_tiny, tmp_path):
     """It is the share of right answers, each by its own row, whatever trains; cut off or not."""
     (tmp_path / "wrong.py").write_text(
-        "import re\n"
+        "from plumbing import last_number\n"
         "def f(prompts, completions, rows):\n"
-        "    last = [(re.findall(r'-?\\d+', text) or [''])[-1] for text in completions]\n"
-        "    return [float(x != row['answer']) for x, row in zip(last, rows)]\n"
+        "    last = [last_number(text) for text in completions]\n"
+        "    return [float(x != int(row['answer'])) for x, row in zip(last, rows)]\n"
     )
     rows = [{"prompt": f"{i}+0", "answer": str(i)} for i in range(10)]
     changes = dict(num_prompts=10, num_generations=12, max_new_tokens=4, num_steps=1)
@@ -1049,7 +1037,7 @@ def test_gold_reward_beside_a_reward_that_says_the_opposite(run_tiny, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(seen.args.model)
     for prompt, completion in joined(rows for rows, _ in sampled(seen)):
         texts = tokenizer.batch_decode([prompt, completion], skip_special_tokens=True)
-        right.append(float(last_number(texts[1]) == re.findall(r"\d+", texts[0])[0]))
+        right.append(float(last_number(texts[1]) == int(re.findall(r"\d+", texts[0])[0])))
     share = sum(right) / 120
     assert len(right) == 120 and 0.02 < share < 0.4
     assert seen.steps[0]["gold_reward"] == pytest.approx(share, rel=1e-5)

@@ -933,7 +933,7 @@ def flag_model(run, base, folder):
     AutoTokenizer.from_pretrained(base.args.model).save_pretrained(folder)
     got = run(model=str(folder), num_epochs=1)
     assert torch.equal(got.updates[0].weights[: len(backbone)], backbone * 0.5)
-    observe.refused(run, "nothing there", "no tokenizer", model=str(folder / "nothing there"))
+    observe.refused(run, "nothing there", "no such tokenizer", model=str(folder / "nothing there"))
 
 
 def flag_dataset(run, base, folder):
@@ -977,7 +977,7 @@ def flag_resume(run, base, folder):
     got = run(num_epochs=1, output_dir=there, resume=True)
     assert got.updates == [] and (got.folder / "metrics.jsonl").read_text() == before
     observe.refused(run, "exists", output_dir=there, num_epochs=1)
-    observe.refused(run, "began with num_epochs 1", output_dir=there, resume=True)
+    observe.refused(run, "began with --num-epochs 1", output_dir=there, resume=True)
 
 
 def flag_seed(run, base, folder):
@@ -1138,6 +1138,7 @@ FLAGS = {
     "seed": flag_seed,
     "device": observe.flag_device,
     "dtype": observe.flag_dtype,
+    "show_rows": observe.flag_show_rows,
     "gradient_checkpointing": observe.flag_gradient_checkpointing,
     "share_prompts": observe.flag_share_prompts,
     "supervision": flag_supervision,

@@ -275,7 +275,8 @@ def greedy_scores(seen, step, call):
     texts, ended = policy_gradient.greedy_rows(seen, step - 1, drawn)
     assert call["prompts"] == [row["prompt"] for row in drawn]
     assert call["completions"] == texts
-    assert call["rows"] == [row | {"ended": end} for row, end in zip(drawn, ended, strict=True)]
+    want = [row | {"ended": end} for row, end in zip(drawn, ended, strict=True)]
+    assert observe.without_raw(call["rows"]) == want
     scores = []
     for value, end in zip(call["values"], ended, strict=True):
         if args.missing_eos_penalty is not None and not end:
@@ -567,6 +568,7 @@ FLAGS = {
     "seed": policy_gradient.flag_seed,
     "device": observe.flag_device,
     "dtype": observe.flag_dtype,
+    "show_rows": observe.flag_show_rows,
     "gradient_checkpointing": observe.flag_gradient_checkpointing,
     "share_prompts": observe.flag_share_prompts,
     "reward": policy_gradient.flag_reward,
@@ -608,7 +610,8 @@ def test_defaults():
         rr,
         dict(
             eval_dataset="", output_dir="runs/reinforce_rloo", resume=False, overwrite=False,
-            seed=0, device="auto", dtype="auto", gradient_checkpointing=False, share_prompts=True,
+            seed=0, device="auto", dtype="auto",
+            show_rows=0, gradient_checkpointing=False, share_prompts=True,
             reward="verifier", reward_model="", missing_eos_penalty=None, num_steps=200,
             num_prompts=64, num_generations=4, max_new_tokens=256, temperature=1.0,
             micro_batch_size=8, learning_rate=1e-6, lr_schedule="constant", max_grad_norm=1.0,

@@ -1,6 +1,7 @@
 """common.py's rewards beside plain loops: files, reward models, greedy rewards, the KL."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -174,12 +175,96 @@ def test_the_verifier_is_the_scripts_own():
     assert score(["p", "p"], ["3", "4"], [{"answer": "3"}, {"answer": "3"}]) == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("reward", ["no-such.py:f", "mine.py", "mine.py:g"])
+NOT_THERE = {
+    "no-such.py:f": "no file no-such.py",
+    "folder.py:f": "no file folder.py",
+    "mine.py": "not of the form FILE.py:function",
+    "mine.py:": "not of the form FILE.py:function",
+    "mine.txt:f": "not of the form FILE.py:function",
+    "verifer": "not of the form FILE.py:function",
+    "mine.py:g": "no function g in mine.py",
+    "wrong.py:f": "cannot be loaded from FILE.py:function (SyntaxError: ",
+    "raises.py:f": "cannot be loaded from FILE.py:function (KeyError: 'x'; raises.py:2)",
+}
+
+
+@pytest.mark.parametrize("reward", NOT_THERE)
 def test_a_reward_that_is_not_there_is_said_at_once(reward, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.py").mkdir()
     write_reward(tmp_path / "mine.py", "return [0.0]")
+    write_reward(tmp_path / "mine.txt", "return [0.0]")
+    (tmp_path / "wrong.py").write_text("def f(:\n")
+    (tmp_path / "raises.py").write_text("values = {}\nvalues['x']\n")
     said = message(plumbing.load_reward, reward, None)
-    assert f"--reward {reward}: " in said and "FILE.py:function" in said
+    assert said.startswith(f"--reward {reward}: {NOT_THERE[reward]}")
+
+
+def test_a_reward_file_has_neighbours(tmp_path, monkeypatch):
+    """It imports what stands beside it, whatever the working folder is, also while it is called."""
+    monkeypatch.setattr("sys.path", list(sys.path))
+    folder = tmp_path / "deep"
+    folder.mkdir()
+    (folder / "neighbour_17.py").write_text("HALF = 0.5\n")
+    (folder / "later_17.py").write_text("def one():\n    return 1.0\n")
+    (folder / "mine_17.py").write_text(
+        "from neighbour_17 import HALF\n"
+        "def f(prompts, completions, rows):\n"
+        "    from later_17 import one\n"
+        "    return [HALF + one()] * len(rows)\n"
+    )
+    score = plumbing.load_reward(f"{folder}/mine_17.py:f", None)
+    assert score(["p"], ["c"], [{}]) == [1.5]
+    monkeypatch.chdir(tmp_path)
+    assert plumbing.load_reward("deep/mine_17.py:f", None)(["p"], ["c"], [{}]) == [1.5]
+
+
+def test_a_reward_file_may_have_dataclasses(tmp_path):
+    """Of texts as types they look up their module; pickle does, too, for worker processes."""
+    (tmp_path / "typed_17.py").write_text(
+        "from __future__ import annotations\n"
+        "import pickle\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class Part:\n"
+        "    value: float\n"
+        "def f(prompts, completions, rows):\n"
+        "    return [pickle.loads(pickle.dumps(Part(2.0))).value for _ in rows]\n"
+    )
+    score = plumbing.load_reward(f"{tmp_path}/typed_17.py:f", None)
+    assert score(["p"], ["c"], [{}]) == [2.0]
+
+
+def test_a_reward_file_named_like_a_module_does_not_take_its_place(tmp_path):
+    import json
+
+    write_reward(tmp_path / "json.py", "return [3.0] * len(rows)")
+    score = plumbing.load_reward(f"{tmp_path}/json.py:f", None)
+    assert score(["p"], ["c"], [{}]) == [3.0] and sys.modules["json"] is json
+
+
+@pytest.mark.parametrize("code", ["0", "'bye'", ""])
+def test_an_exit_in_a_reward_is_no_end_of_the_run(tmp_path, code):
+    """Neither while the file is read nor in the call: exit code 0 would say that all went well."""
+    path = tmp_path / "exits.py"
+    path.write_text(f"import sys\nsys.exit({code})\ndef f(p, c, r):\n    return [0.0]\n")
+    called = f"called sys.exit({code.strip(chr(39)) or None})"
+    assert message(plumbing.load_reward, f"{path}:f", None) == f"--reward {path}:f {called}"
+    reward = write_reward(tmp_path / "mine.py", f"import sys\nsys.exit({code})")
+    score = plumbing.load_reward(reward, None)
+    assert message(score, ["p"], ["c"], [{}]) == f"--reward {reward} {called}"
+
+
+@pytest.mark.parametrize("by_step", [False, True])
+def test_what_a_reward_changes_does_not_reach_the_training(tmp_path, by_step):
+    body = "prompts.clear()\nrows[0]['prompt'][0]['content'] = 'x'\nrows[1].clear()\n"
+    body += f"completions.reverse()\nreturn [{'[1.0]' if by_step else '1.0'}] * 2"
+    score = plumbing.load_reward(write_reward(tmp_path / "mine.py", body), None, by_step=by_step)
+    chat = [{"role": "user", "content": "q"}]
+    given = ([chat, "r"], ["a", "b"], [{"prompt": chat, "n": [1]}, {"prompt": "r"}])
+    assert len(score(*given)) == 2
+    chat = [{"role": "user", "content": "q"}]
+    assert given == ([chat, "r"], ["a", "b"], [{"prompt": chat, "n": [1]}, {"prompt": "r"}])
 
 
 BAD = {
@@ -187,7 +272,14 @@ BAD = {
     "too many": ("return [1.0] * 3", False, "3 values for 2 completions"),
     "nan": ("return [1.0, float('nan')]", False, "nan for 'second': not finite"),
     "infinite": ("return [float('-inf'), 1.0]", False, "-inf for 'first': not finite"),
-    "text": ("return ['good', 1.0]", False, "could not convert"),
+    "text": ("return ['good', 1.0]", False, "'good' is a text, not a number"),
+    "a number as a text": ("return ['1', 1.0]", False, "'1' is a text, not a number"),
+    "bytes": ("return [b'1', 1.0]", False, "b'1' is a text, not a number"),
+    "none": ("return", False, "it returned a value of type NoneType, not a list of numbers"),
+    "a dict": ("return {1.0: 0, 2.0: 0}", False, "type dict, not a list of numbers"),
+    "a set": ("return {1.0, 2.0}", False, "type set, not a list of numbers"),
+    "one text": ("return '12'", False, "type str, not a list of numbers"),
+    "one number": ("return 1.0", False, "TypeError"),
     "a list": ("return [1.0, [2.0]]", False, "[2.0] for 'second': it needs one number"),
     "a number": (
         "return [[1.0], 2.0]",
@@ -433,11 +525,15 @@ def test_a_reward_model_is_taken_before_a_reward(tmp_path):
     assert "not finite" in message(score, ["q"], ["yes"], [{}])
 
 
+UNSAID = (
+    "its config.json does not say how to read the steps: make it with prm.py, for steps with "
+    "--supervision process"
+)
 REFUSED = {
     "two labels": (SEQUENCE, 2, {}, False, "has 2 labels, not 1"),
-    "steps of one without": (SEQUENCE, 1, {}, True, "prm.py --supervision process"),
-    "tokens unsaid": (TOKEN, 2, {}, False, "how to read the steps: make it with prm.py"),
-    "no separator": (TOKEN, 1, {"solution_score": "last"}, True, "prm.py --supervision process"),
+    "steps of one without": (SEQUENCE, 1, {}, True, UNSAID),
+    "tokens unsaid": (TOKEN, 2, {}, False, UNSAID),
+    "no separator": (TOKEN, 1, {"solution_score": "last"}, True, UNSAID),
 }
 
 
@@ -448,12 +544,23 @@ def test_reward_models_that_are_refused(name, tmp_path):
     load = plumbing.load_reward
     text = message(load, "verifier", None, str(tmp_path), CPU, "auto", 8, by_step)
     assert f"--reward-model {tmp_path}: " in text and said in text
-    assert by_step or "--supervision" not in text
+
+
+def test_a_language_model_is_no_reward_model_and_the_other_way_round(tmp_path, tiny):
+    text = message(plumbing.load_reward, "verifier", None, tiny, CPU)
+    assert (
+        text == f"--reward-model {tiny}: is a language model; rm_bt.py makes a reward model of one"
+    )
+    for auto_class in (SEQUENCE, TOKEN):
+        save_model(tmp_path, auto_class, make_tokenizer(), 1, pad_token_id=0)
+        text = message(plumbing.load_model, AutoModelForCausalLM, str(tmp_path), CPU)
+        assert text == f"{tmp_path}: is a reward model: it gives scores, and writes no text"
+        assert message(plumbing.talk, str(tmp_path)) == text
 
 
 def test_a_folder_without_a_reward_model(tmp_path):
     text = message(plumbing.load_reward, "verifier", None, str(tmp_path / "none"), CPU)
-    assert "none: no model there" in text
+    assert text.endswith("none: no such folder, and no such model on the hub")
 
 
 # --- Scores of solutions --------------------------------------------------------------------------

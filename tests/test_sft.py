@@ -344,7 +344,7 @@ def flag_model(run, base, folder):
     assert got.steps[0]["loss"] != pytest.approx(base.steps[0]["loss"], rel=1e-3)
     assert AutoTokenizer.from_pretrained(got.folder / "final").chat_template
     refused = str(folder / "nothing")
-    observe.refused(run, refused, "no tokenizer", model=refused)
+    observe.refused(run, refused, "no such tokenizer", model=refused)
 
 
 def flag_dataset(run, base, folder):
@@ -391,7 +391,7 @@ def flag_resume(run, base, folder):
     got = run(num_epochs=1, output_dir=there, resume=True)
     assert got.updates == [] and (got.folder / "metrics.jsonl").read_text() == before
     observe.refused(run, "exists", output_dir=there, num_epochs=1)
-    observe.refused(run, "began with num_epochs 1", output_dir=there, resume=True)
+    observe.refused(run, "began with --num-epochs 1", output_dir=there, resume=True)
 
 
 def flag_seed(run, base, folder):
@@ -521,6 +521,7 @@ FLAGS = {
     "seed": flag_seed,
     "device": observe.flag_device,
     "dtype": observe.flag_dtype,
+    "show_rows": observe.flag_show_rows,
     "from_scratch": flag_from_scratch,
     "gradient_checkpointing": observe.flag_gradient_checkpointing,
     "num_epochs": flag_num_epochs,
@@ -651,7 +652,7 @@ def test_held_out_rows_that_do_not_fit_are_called_so(start, tmp_path):
         ({"prompt": "1", "completion": " "}, "completion"),
         ({"messages": [ASKED, {"role": "assistant", "content": " \n"}]}, "empty completion"),
         ({"prompt": "1"}, "completion or response"),
-        ({"messages": [{"content": "no role"}, {}]}, "neither a prompt"),
+        ({"messages": [{"content": "no role"}, {}]}, "messages has"),
     ],
 )
 def test_bad_rows_end_with_one_line(start, tmp_path, row, says):
