@@ -1162,3 +1162,14 @@ def test_masked_mean_of_rows_and_columns():
     assert common.masked_mean(x, mask, 0).tolist() == [2.5, 2.0, 0.0]
     assert common.masked_mean(x, mask, 1).tolist() == [1.5, 4.0, 0.0]
     assert common.masked_mean(-x, mask).item() == pytest.approx(-7 / 3)
+
+
+def test_an_end_of_turn_may_be_an_added_token_that_is_not_special():
+    """As a fine-tune may have added it: completions end with it, and so does generation."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<turn>"])
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "<turn>\n")
+    end = tokenizer.convert_tokens_to_ids("<turn>")
+    assert end not in tokenizer.all_special_ids and common.end_of_turn(tokenizer) == end
+    batch = common.encode(tokenizer, ["ab"], [["cd"]])
+    assert batch.completion_ids[0, -1] == end

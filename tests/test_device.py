@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from plumbing import load_model
 
 SIM = ROOT / "tests" / "simulated_device.py"
+pytestmark = pytest.mark.slow  # a minute altogether: every script starts in a process of its own
 
 
 def run(*command):

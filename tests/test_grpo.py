@@ -139,6 +139,19 @@ def test_a_lone_step_and_none_have_no_advantage(by_std):
     assert torch.allclose(got[4:], want, atol=1e-6)
 
 
+def test_the_constant_is_max_new_tokens_whatever_the_longest_completion(runs, monkeypatch):
+    lengths = []
+    weights = grpo.token_weights
+
+    def noting(mask, aggregate, max_len):
+        lengths.append((mask.shape[1], max_len))
+        return weights(mask, aggregate, max_len)
+
+    monkeypatch.setattr(grpo, "token_weights", noting)
+    runs(aggregate="constant", max_new_tokens=180, num_prompts=2, num_steps=1)
+    assert {max_len for _, max_len in lengths} == {180} and lengths[0][0] < 180
+
+
 def test_process_with_one_step_is_outcome():
     rewards = torch.tensor([1.0, 2.0, 3.0, 6.0])
     got = grpo.process_advantages(rewards[:, None], torch.full((4, 1), 4), 5, 4)

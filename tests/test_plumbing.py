@@ -1601,7 +1601,7 @@ def test_tokenizers_and_models_that_were_saved_load_again(tmp_path, tiny):
 
 @pytest.fixture
 def usual_signals():
-    """Handlers as of a program in the foreground: one started in the background has none."""
+    """Handlers as of a program in the foreground: one in the background may ignore both."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -403,6 +403,21 @@ def test_later_minibatches_have_another_ratio(tiny, tmp_path):
     assert run(tiny_args(tiny, tmp_path, learning_rate=1e-3, num_steps=1))[0]["approx_kl"] > 1e-5
 
 
+def test_each_gradient_step_draws_pretraining_texts_of_its_own(tiny, tmp_path, monkeypatch):
+    drawn = []
+    encode = ppo.encode_texts
+
+    def noting(tokenizer, texts, max_length):
+        drawn.append(tuple(texts))
+        return encode(tokenizer, texts, max_length)
+
+    monkeypatch.setattr(ppo, "encode_texts", noting)
+    texts = write(tmp_path / "texts.jsonl", [{"text": str(1000 + i)} for i in range(60)])
+    changes = dict(num_steps=2, num_epochs=1, num_minibatches=2, ptx_coef=1.0, ptx_batch_size=4)
+    run(tiny_args(tiny, tmp_path, pretrain_dataset=texts, **changes))
+    assert len(drawn) == len(set(drawn)) == 4
+
+
 def test_one_gradient_step_computes_no_old_logps(tiny, tmp_path, monkeypatch):
     calls, fixed = [], ppo.fixed_logps
     monkeypatch.setattr(ppo, "fixed_logps", lambda *a: calls.append(1) or fixed(*a))

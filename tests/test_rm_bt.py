@@ -236,6 +236,26 @@ def test_the_nll_term_is_of_the_chosen_completions(tmp_path, tiny):
     assert both - plain == pytest.approx(0.5 * nll.item(), rel=1e-3)
 
 
+def test_the_nll_term_is_a_mean_per_prompt_where_two_are_best(tmp_path, tiny):
+    """A prompt with two best completions weighs no more than one with one."""
+    rows = [
+        {"prompt": "1", "completions": ["11", "2222222", "3"], "ranks": [0, 0, 1]},
+        {"prompt": "9+9", "completions": ["18", "0"], "ranks": [0, 1]},
+    ]
+    plain = run(tiny_args(tmp_path / "a", rows, model=tiny))[0]["loss"]
+    both = run(tiny_args(tmp_path / "b", rows, model=tiny, nll_coef=0.5))[0]["loss"]
+    model = plumbing.load_model(rm_bt.AutoModelForCausalLM, tiny, torch.device("cpu"))
+    tokenizer = rm_bt.load_tokenizer(tiny)
+    nll = []
+    for prompt, text in (("1", "11"), ("1", "2222222"), ("9+9", "18")):
+        batch = common.encode(tokenizer, [prompt], [[text]])
+        total = common.completion_logps(model, batch).sum().item()
+        nll.append(-total / batch.completion_mask.sum().item())
+    want = ((nll[0] + nll[1]) / 2 + nll[2]) / 2
+    assert abs(sum(nll) / 3 - want) > 0.01
+    assert both - plain == pytest.approx(0.5 * want, rel=1e-3)
+
+
 def test_micro_batches_change_nothing(tmp_path, tiny):
     """With every term of the loss, on rankings of 3, 2 and 4: prompts weigh alike, however cut."""
     got = [run(tiny_args(tmp_path / str(size), RANKED, model=tiny, micro_batch_size=size,

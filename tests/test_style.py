@@ -2,11 +2,9 @@
 
 import ast
 import importlib
-import logging
 import subprocess
 import sys
 import typing
-import warnings
 
 import pytest
 from conftest import ROOT
@@ -240,13 +238,6 @@ def test_common_ends_no_process_and_prints_nothing():
         assert name not in ("print", "SystemExit", "exit"), f"common.py line {node.lineno}"
         if isinstance(node, ast.Raise) and node.exc:
             assert ast.unparse(node.exc).startswith("ValueError("), f"line {node.lineno}"
-
-
-def test_plumbing_leaves_logging_alone_until_a_script_runs():
-    """A library that is imported must not change it for others."""
-    before = logging.getLogger("transformers").level, list(warnings.filters)
-    importlib.reload(importlib.import_module("common"))
-    assert (logging.getLogger("transformers").level, list(warnings.filters)) == before
 
 
 # --- Flags that scripts share ---------------------------------------------------------------------
