@@ -212,8 +212,8 @@ def _grouped(Args, defaults):
     for flag in dataclasses.fields(Args):
         heading = HEADINGS.get(flag.name, heading)
         help_text = help_texts[flag.name]
-        if flag.name in RANGES:
-            least, most = RANGES[flag.name]
+        if flag.type in (int, float, float | None):
+            least, most = range_of(flag.name, flag.type)
             help_text += f" [{least} or more]" if most > 1e9 else f" [{least} to {most}]"
         kind = Annotated[flag.type, tyro.conf.arg(help=help_text)]
         if flag.name in defaults:
@@ -326,8 +326,8 @@ def _check_messages(messages, name, where):
         is_message = isinstance(message, dict) and isinstance(message.get("role"), str)
         if not is_message:
             stop(f"{where}: {name} has {str(message)[:80]!r}, where a message has role and content")
-        if message["role"] in ("user", "system") and not message.get("content"):
-            stop(f"{where}: {name} has a turn of the {message['role']} without content")
+        if message["role"] == "user" and not message.get("content"):
+            stop(f"{where}: {name} has a turn of the user without content")
         with stop_on_error(f"{where}: {name} cannot be read"):
             content_text(message.get("content"))
 
@@ -1010,8 +1010,6 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
     """Reward function of a saved reward model: of the last token, of steps, or of outcomes."""
     with _stop_without("model", path):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
-    if "ForCausalLM" in str(config.architectures):
-        stop(f"--reward-model {path}: is a language model; rm_bt.py makes a reward model of one")
     of_tokens = "ForTokenClassification" in str(config.architectures)
     separator = getattr(config, "step_separator", "")
     unknown = "" if of_tokens else "last"

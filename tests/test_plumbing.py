@@ -864,14 +864,20 @@ def test_the_range_of_a_flag_is_in_its_help(monkeypatch, capsys):
         dataset: str  # a file
         gamma: float = 1.0  # of the future
         rounds: int = 2  # of sampling
+        penalty: float | None = None  # for no end
+        num_steps: int = 3  # to do
+        no_number: bool = False
 
     monkeypatch.setattr("sys.argv", ["grpo.py", "--help"])
-    helps = {"gamma": "of the future", "rounds": "of sampling", "model": "", "dataset": ""}
+    helps = {"gamma": "of the future", "rounds": "of sampling", "penalty": "for no end"}
+    helps |= {"num_steps": "to do", "model": "", "dataset": "", "no_number": "no number"}
     monkeypatch.setattr(plumbing, "_help_texts", lambda Args: helps)
     with pytest.raises(SystemExit):
         plumbing.parse_args(Ranged, {"model": "toy/model", "dataset": "toy/rows.jsonl"})
     text = re.sub(r"[\s│|]+", " ", capsys.readouterr().out)
     assert "of the future [0 to 1]" in text and "of sampling [1 or more]" in text
+    assert "for no end [0 or more]" in text and "to do [1 or more]" in text
+    assert "no number [" not in text
 
 
 def test_a_folder_that_is_there_is_not_begun_anew(tmp_path):
