@@ -299,8 +299,8 @@ def main(args: Args):
             greedy, answers, done = generate(
                 policy, tokenizer, asked, 1, args.max_new_tokens, temperature=0
             )
-            row_of_each = with_ended(drawn, done, greedy, tokenizer)
-            greedy_scores = torch.tensor(score(asked, answers, row_of_each), device=device)
+            greedy_rows = with_ended(drawn, done, greedy, tokenizer)
+            greedy_scores = torch.tensor(score(asked, answers, greedy_rows), device=device)
             if args.missing_eos_penalty is not None:
                 greedy_scores[~done] = -args.missing_eos_penalty
         by_baseline = {}

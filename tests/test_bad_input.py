@@ -195,9 +195,10 @@ def test_an_empty_prompt(script, tmp_path, prompt):
 def test_a_prompt_that_is_neither_text_nor_chat(script, tmp_path, prompt):
     path = write_rows(tmp_path / "bad.jsonl", *ROWS, ROWS[0] | {"prompt": prompt})
     shown = repr(prompt[0]) if isinstance(prompt, list) else str(prompt)
+    if prompt == [{"role": "user"}]:
+        shown = "a turn of the user without content"
     text = refused(script, tmp_path, shown, dataset=path)
-    # A message of a tool call may be without content: there the template refuses
-    assert f"{path}, line 5: prompt " in text or prompt == [{"role": "user"}]
+    assert f"{path}, line 5: prompt " in text
 
 
 @pytest.mark.parametrize("length", [250, 400])
@@ -277,15 +278,30 @@ USER = {"role": "user", "content": "1+1"}
         "text",
         ["text", "text"],
         [{"content": "1+1"}, {"content": "2"}],
-        [USER, {"role": "assistant"}],
-        [USER, {"role": "assistant", "content": None}],
-        [USER, {"role": "assistant", "content": ""}],
+        [{"role": "user"}, {"role": "assistant", "content": "2"}],
+        [{"role": "user", "content": ""}, {"role": "assistant", "content": "2"}],
     ],
-    ids=["text", "texts", "no role", "no content", "null", "empty"],
+    ids=["text", "texts", "no role", "user without content", "empty user"],
 )
 def test_messages_of_another_shape(tmp_path, messages):
     path = write_rows(tmp_path / "bad.jsonl", ROWS[0], {"messages": messages})
-    refused(sft, tmp_path, dataset=path)
+    refused(sft, tmp_path, f"{path}, line 2", dataset=path)
+
+
+@pytest.mark.parametrize("answer", [{}, {"content": None}, {"content": ""}])
+def test_turns_of_the_assistant_without_content_are_counted(tmp_path, answer, capsys):
+    """Logs of chats have such, where a tool was called or an answer cut out."""
+    chat = [USER, {"role": "assistant"} | answer, USER, {"role": "assistant", "content": "2"}]
+    path = write_rows(tmp_path / "rows.jsonl", ROWS[0], {"messages": chat})
+    sft.main(some_args(sft, tmp_path, dataset=path))
+    assert "of 3 completions, dropped 1 that are empty" in capsys.readouterr().out
+
+
+def test_an_empty_message_of_the_system_is_one(tmp_path):
+    """Whole data sets have it in each row."""
+    chat = [{"role": "system", "content": ""}, USER, {"role": "assistant", "content": "2"}]
+    path = write_rows(tmp_path / "rows.jsonl", {"messages": chat})
+    assert plumbing.load_rows(path) == [{"messages": chat}]
 
 
 def test_messages_without_an_answer(tmp_path):

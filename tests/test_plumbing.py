@@ -295,6 +295,17 @@ def test_splits_of_two_files_are_as_they_are():
     assert splits("held", eval_size=0) == (some_prompts(50), some_prompts(3))
 
 
+@pytest.mark.parametrize("eval_size", [0, 2, 9])
+def test_prompts_of_an_evaluation_file_are_at_most_eval_size(tmp_path, eval_size):
+    """To answer them takes time: the first ones, and with 0 none."""
+    rows = some_prompts(3)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = SimpleNamespace(dataset=str(path), eval_dataset=str(path), eval_size=eval_size, seed=0)
+    args.reward, args.reward_model = "mine.py:score", ""
+    assert plumbing.load_prompts(args) == (rows, rows[:eval_size])
+
+
 def test_splits_of_one_file_by_size_and_seed(capsys):
     rows, held = splits()
     assert (

@@ -295,6 +295,15 @@ def test_critic_warmup_leaves_the_policy(tiny, tmp_path):
     assert rows[1]["grad_norm"] > 0 and abs(rows[1]["kl"]) < 1e-4  # nothing moved in step 1
 
 
+def test_the_entropy_of_critic_warmup_needs_no_reference(tiny, tmp_path):
+    """Without a reference, and with one gradient step, no other pass gives the log-probs."""
+    flags = dict(critic_warmup=1, learning_rate=0.0, num_epochs=1, num_minibatches=1)
+    with_kl = run(tiny_args(tiny, tmp_path / "a", beta=1e-9, **flags))
+    without = run(tiny_args(tiny, tmp_path / "b", beta=0.0, **flags))
+    for row, other in zip(without, with_kl, strict=True):
+        assert row["entropy"] == pytest.approx(other["entropy"], rel=1e-5) and row["entropy"] > 1
+
+
 # --- Training -------------------------------------------------------------------------------------
 
 
