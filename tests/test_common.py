@@ -1168,8 +1168,12 @@ def test_an_end_of_turn_may_be_an_added_token_that_is_not_special():
     """As a fine-tune may have added it: completions end with it, and so does generation."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<turn>"])
-    tokenizer.chat_template = tokenizer.chat_template.replace("{{ eos_token }}", "<turn>\n")
     end = tokenizer.convert_tokens_to_ids("<turn>")
-    assert end not in tokenizer.all_special_ids and common.end_of_turn(tokenizer) == end
+    assert end not in tokenizer.all_special_ids
+    template = tokenizer.chat_template
+    for ending in ("<turn>\n", "<turn>a", "a<turn>"):  # what is no added token is passed over
+        tokenizer.chat_template = template.replace("{{ eos_token }}", ending)
+        assert common.end_of_turn(tokenizer) == end
+    tokenizer.chat_template = template.replace("{{ eos_token }}", "<turn>\n")
     batch = common.encode(tokenizer, ["ab"], [["cd"]])
     assert batch.completion_ids[0, -1] == end

@@ -1620,8 +1620,12 @@ def test_tokenizers_and_models_that_were_saved_load_again(tmp_path, tiny):
 def usual_signals():
     """Handlers as of a program in the foreground: one in the background may ignore both."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def terminated(number, frame):
+        raise ChildProcessError("SIGTERM")  # in place of the end of the process that runs the tests
+
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, terminated)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -1643,6 +1647,14 @@ def test_a_signal_lets_the_step_end_and_saves_a_checkpoint(tmp_path, capsys, num
     out = capsys.readouterr().out
     assert f"stopped by {number.name} after step 2" in out and "--resume" in out
     assert signal.getsignal(number) is before
+
+
+def test_a_run_leaves_the_signals_as_they_were(tmp_path, usual_signals):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    run = begun(tmp_path / "run", num_steps=2)
+    for _ in run.steps():
+        assert signal.getsignal(signal.SIGTERM) is not before[1]
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path, usual_signals):
