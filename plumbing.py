@@ -126,6 +126,8 @@ HEADINGS = {
     "iterations": "sampling",
     "num_steps": "sampling",
     "select": "selection",
+    "verdict": "judging",
+    "num_resamples": "evaluation",
     "train": "optimisation",
     "num_epochs": "optimisation",
     "micro_batch_size": "optimisation",
@@ -146,6 +148,7 @@ RANGES = {
     "lam": (0, 1),
     "moving_decay": (0, 1),
     "temperature": (0, 100),
+    "judge_temperature": (0, 100),
     "eta": (1e-9, math.inf),
     "kl_horizon": (1, math.inf),
     "rounds": (1, math.inf),
@@ -175,7 +178,7 @@ def check_flags(args):
             stop(f"{flag}: must be at least {least}")
         if value > most:
             stop(f"{flag}: must be at most {most}")
-        if name == "temperature" and 0 < value < 0.01:
+        if name.endswith("temperature") and 0 < value < 0.01:
             stop(f"{flag}: must be at least 0.01, or 0 for the likeliest tokens")
 
 
@@ -1271,10 +1274,11 @@ AutoModelForSequenceClassification and AutoModelForTokenClassification do not lo
 `plumbing.load_model` does; it puts transformers.modeling_layers.GenericForSequenceClassification
 (or GenericForTokenClassification) on the family's backbone.
 """
-LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow from step to step
+LOGS = ("metrics.jsonl", "samples.jsonl", "judgements.jsonl")  # they grow from step to step
 RUN_FILES = (
     *LOGS, "args.json", "curves.png", "reward_histogram.png", "best_of_n.png", "checkpoint",
-    "final", "critic", "control", "pairs", "candidates",
+    "final", "critic", "control", "pairs", "candidates", "answers.jsonl", "preferences.jsonl",
+    "results.jsonl", "sft.jsonl",
 )  # fmt: skip
 BEFORE_A_START = {"args.json", "args.json.new", "lock"}  # what a start that failed may leave
 
