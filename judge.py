@@ -221,11 +221,14 @@ def length_controlled_win_rate(won, length_difference):
 
     won: outcomes from 0 to 1 of the first answer; length_difference: its length less the other's.
     sigmoid(a) of the regression P = sigmoid(a + b difference), read at 0 (Dubois et al. 2024,
-    arXiv:2404.04475, without the terms for models and prompts). Book 17.1.
+    arXiv:2404.04475, without the terms for models and prompts). Where all differences are equal,
+    nothing can be told of them: the plain win rate. Book 17.1.
     """
     difference = length_difference.double()
-    scaled = difference / difference.std(correction=0).clamp(min=1e-9)
-    features = torch.stack([torch.ones_like(scaled), scaled], dim=1)
+    spread = difference.std(correction=0)
+    if spread == 0:
+        return won.double().mean()
+    features = torch.stack([torch.ones_like(difference), difference / spread], dim=1)
     return logistic_regression(features, won)[0].sigmoid()
 
 
