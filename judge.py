@@ -281,7 +281,8 @@ def question_text(prompt):
 
 
 def judge_prompt(template, prompt, answer_a, answer_b):
-    """The template with its fields filled; what looks like a field in a text stays as it is."""
+    """The template with its fields filled, book 7.8; what looks like a field in a text stays as it
+    is."""
     texts = {"question": question_text(prompt), "answer_a": answer_a, "answer_b": answer_b}
     return re.sub(r"\{(question|answer_a|answer_b)\}", lambda found: texts[found[1]], template)
 
