@@ -313,9 +313,8 @@ def load_limited(path, max_rows, *columns):
 def labelled_pairs(args):
     """Rows of --dataset -> pairs {prompt, row, names, answers, ended}, the chosen answer first."""
     pairs = []
-    for i, row in enumerate(
-        load_limited(args.dataset, args.max_rows, "prompt", "chosen", "rejected")
-    ):
+    rows = load_limited(args.dataset, args.max_rows, "prompt", "chosen", "rejected")
+    for i, row in enumerate(rows):
         with stop_on_error(f"{args.dataset}, row {i + 1}: cannot be read"):
             answers = [answer_text(row[side], row["prompt"]) for side in ("chosen", "rejected")]
             if not all(text.strip() for text in answers):
@@ -373,14 +372,13 @@ def read_answers(path, prompts):
     return answers
 
 
-def sample_answers(path, prompts, device, args):
+def sample_answers(path, prompts, device, args, seed):
     """A policy's folder or hub name -> one answer to each prompt, and whether it ended."""
     policy = load_model(AutoModelForCausalLM, path, device, args.dtype)
     tokenizer = load_tokenizer(path)
-    check_prompts(
-        tokenizer, policy, [{"prompt": prompt} for prompt in prompts], args.max_new_tokens
-    )
-    torch.manual_seed(args.seed)
+    rows = [{"prompt": prompt} for prompt in prompts]
+    check_prompts(tokenizer, policy, rows, args.max_new_tokens)
+    torch.manual_seed(seed)
     answers = []
     for start in range(0, len(prompts), args.batch_size):
         part = prompts[start : start + args.batch_size]
@@ -399,11 +397,11 @@ def contest(args, device):
     source = args.dataset or files[0]
     prompts = [row["prompt"] for row in load_limited(source, args.max_rows, "prompt")]
     rows = [{"prompt": prompt, "answers": {}} for prompt in prompts]
-    for name, path in paths.items():
+    for i, (name, path) in enumerate(paths.items()):
         if path in files:
             answers = read_answers(path, prompts)
-        else:
-            answers = sample_answers(path, prompts, device, args)
+        else:  # seeds of their own: a policy against itself shall not be all ties
+            answers = sample_answers(path, prompts, device, args, args.seed + i)
         num_cut = sum(not ended for _, ended in answers)
         if num_cut:
             print(f"{name}: {num_cut} of {len(answers)} answers were cut off")
@@ -515,13 +513,13 @@ def add_scores(rows, score):
 def preference_rows(judgements):
     """Judgements -> rows for rm_bt.py and dpo_nll.py: the likelier answer is the chosen one.
 
-    Equal answers and pairs without a verdict make none. Book 13.2.2.
+    Equal answers, empty ones and pairs without a verdict make none. Book 13.2.2.
     """
     rows = []
     for row in judgements:
-        if row["why_not"]:
-            continue
         answers = row["answers"]
+        if row["why_not"] or not all(text.strip() for text in answers):
+            continue
         probability = row["probability"]
         if probability < 0.5:
             answers = answers[::-1]
@@ -645,6 +643,8 @@ def report(judgements, args):
             results |= label_results(of_pair, args)
     if len(names) > 2:
         results |= rating_results(judgements, names, args)
+    if results["no_verdict"][0] > 0.1:
+        print("many texts without a verdict: read them in judgements.jsonl; were they cut off?")
     rows = []
     for name, values in results.items():
         shown = [f"{value:.4g}" for value in values]
@@ -709,7 +709,9 @@ def main(args: Args):
         run.append("judgements.jsonl", rows)
         run.log(about_the_judge(rows, args.verdict))
     judgements = run.read_rows("judgements.jsonl")
-    run.write_rows("preferences.jsonl", preference_rows(judgements))
+    preferences = preference_rows(judgements)
+    run.write_rows("preferences.jsonl", preferences)
+    print(f"{len(preferences)} soft labels for rm_bt.py: {run.folder / 'preferences.jsonl'}")
     run.write_rows("results.jsonl", report(judgements, args))
     run.finish(tokenizer, {})
 

@@ -398,7 +398,8 @@ def test_a_verdict_that_never_comes_is_counted_and_not_guessed(tmp_path, tiny, m
     rows, results = run(some_args(tmp_path, tiny, verdict="text"))
     assert values(results) == {"no_verdict": 1} and read(tmp_path / "run/preferences.jsonl") == []
     assert {row["probability"] for row in rows} == {None}
-    assert "no verdict on chosen and rejected" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no verdict on chosen and rejected" in said and "were they cut off?" in said
 
 
 def test_equal_answers_are_ties_and_long_ones_are_left_out(tmp_path, tiny, capsys):
@@ -544,6 +545,22 @@ def test_policies_answer_and_are_judged(tmp_path, tiny):
         some_args(tmp_path / "other", tiny, rows, temperature=1.0, overwrite=True, seed=5, **flags)
     )
     assert [row["answers"] for row in other] != [row["answers"] for row in hot[0]]
+
+
+def test_a_policy_against_itself_is_sampled_twice(tmp_path, tiny):
+    flags = dict(contestants=f"a={tiny},b={tiny}", temperature=1.0)
+    judged, _ = run(some_args(tmp_path, tiny, **flags))
+    assert any(row["answers"][0] != row["answers"][1] for row in judged)
+
+
+def test_an_empty_answer_is_judged_and_makes_no_preference(tmp_path, tiny):
+    """rm_bt.py refuses a file with one."""
+    one = completions(tmp_path / "a.jsonl", ["", "9", "8", "3"])
+    two = completions(tmp_path / "b.jsonl", ["3", "99", "88", "33"])
+    flags = dict(contestants=f"{one},{two}", dataset="")
+    rows, _ = run(some_args(tmp_path, tiny, **flags))
+    assert [row["why_not"] for row in rows] == [""] * 4
+    assert len(rm_bt.read_examples(str(tmp_path / "run/preferences.jsonl"))) == 3
 
 
 def test_what_was_cut_off_is_said_and_has_no_end_for_the_reward_model(
