@@ -628,8 +628,14 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("flags", [{}, dict(verdict="text", judge_temperature=1.0)])
-def test_resume_in_the_middle_is_the_unbroken_run(tmp_path, tiny, monkeypatch, flags):
+HOT = dict(verdict="text", judge_temperature=1.0)
+
+
+@pytest.mark.parametrize("flags, dies_at, left", [({}, 3, 4), (HOT, 3, 4), (HOT, 1, 0)])
+def test_resume_in_the_middle_is_the_unbroken_run(
+    tmp_path, tiny, monkeypatch, flags, dies_at, left
+):
+    """Killed in a step behind a checkpoint, or in the first one, before there is any."""
     (tmp_path / "b").mkdir()
     policies = f"old={tiny},new={write(tmp_path / 'n.jsonl', [])}"
     completions(
@@ -641,7 +647,7 @@ def test_resume_in_the_middle_is_the_unbroken_run(tmp_path, tiny, monkeypatch, f
 
     def dies(*args):
         calls.append(args)
-        if len(calls) == 3:
+        if len(calls) == dies_at:
             raise Killed
         return ask(*args)
 
@@ -649,11 +655,12 @@ def test_resume_in_the_middle_is_the_unbroken_run(tmp_path, tiny, monkeypatch, f
     monkeypatch.setattr(judge, "ask", dies)
     with pytest.raises(Killed):
         judge.main(args)
-    assert len(read(tmp_path / "b/judgements.jsonl")) == 4
-    (tmp_path / "b/judgements.jsonl").open("a").write('{"half": 1}\n')  # written after it
+    path = tmp_path / "b/judgements.jsonl"
+    assert (len(read(path)) if path.exists() else 0) == left
+    path.open("a").write('{"half": 1}\n')  # written after the checkpoint
     args.resume = True
     judge.main(args)
-    assert len(calls) == 4  # the third step alone
+    assert len(calls) == dies_at + (3 if left == 0 else 1)  # no step is done twice
     for name in ("judgements.jsonl", "preferences.jsonl", "results.jsonl", "answers.jsonl"):
         assert (tmp_path / "b" / name).read_text() == (tmp_path / "run" / name).read_text(), name
 
