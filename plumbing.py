@@ -126,6 +126,8 @@ HEADINGS = {
     "iterations": "sampling",
     "num_steps": "sampling",
     "select": "selection",
+    "verdict": "judging",
+    "num_resamples": "evaluation",
     "train": "optimisation",
     "num_epochs": "optimisation",
     "micro_batch_size": "optimisation",
@@ -146,6 +148,7 @@ RANGES = {
     "lam": (0, 1),
     "moving_decay": (0, 1),
     "temperature": (0, 100),
+    "judge_temperature": (0, 100),
     "eta": (1e-9, math.inf),
     "kl_horizon": (1, math.inf),
     "rounds": (1, math.inf),
@@ -175,7 +178,7 @@ def check_flags(args):
             stop(f"{flag}: must be at least {least}")
         if value > most:
             stop(f"{flag}: must be at most {most}")
-        if name == "temperature" and 0 < value < 0.01:
+        if name.endswith("temperature") and 0 < value < 0.01:
             stop(f"{flag}: must be at least 0.01, or 0 for the likeliest tokens")
 
 
@@ -267,6 +270,8 @@ def load_rows(path, *columns):
         with stop_on_error(f"{where}: no JSON object; it needs one per line"):
             row = {**json.loads(line)}
         _check_texts(row, where)
+        if "chosen" in str(columns):
+            _check_probability(row, where)
         for names in columns:
             _check_column(row, names, where)
         rows.append(_with_prompt_columns(row, where))
@@ -330,6 +335,22 @@ def _check_messages(messages, name, where):
             stop(f"{where}: {name} has a turn of the user without content")
         with stop_on_error(f"{where}: {name} cannot be read"):
             content_text(message.get("content"))
+
+
+def _check_probability(row, where):
+    """Stop where the soft label of a pair is not a number from 0 to 1."""
+    value = row.get("probability")
+    if value is None:
+        return
+    is_bool = isinstance(value, bool)
+    if is_bool or not isinstance(value, int | float) or not 0 <= value <= 1:
+        stop(f"{where}: probability is {str(value)[:80]!r}, not a number from 0 to 1")
+
+
+def soft_label(row):
+    """Probability that the chosen completion of a row is the better one: 1 where it has none."""
+    value = row.get("probability")
+    return 1.0 if value is None else float(value)
 
 
 def _with_prompt_columns(row, where):
@@ -1253,10 +1274,11 @@ AutoModelForSequenceClassification and AutoModelForTokenClassification do not lo
 `plumbing.load_model` does; it puts transformers.modeling_layers.GenericForSequenceClassification
 (or GenericForTokenClassification) on the family's backbone.
 """
-LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow from step to step
+LOGS = ("metrics.jsonl", "samples.jsonl", "judgements.jsonl")  # they grow from step to step
 RUN_FILES = (
     *LOGS, "args.json", "curves.png", "reward_histogram.png", "best_of_n.png", "checkpoint",
-    "final", "critic", "control", "pairs", "candidates",
+    "final", "critic", "control", "pairs", "candidates", "answers.jsonl", "preferences.jsonl",
+    "results.jsonl", "sft.jsonl",
 )  # fmt: skip
 BEFORE_A_START = {"args.json", "args.json.new", "lock"}  # what a start that failed may leave
 

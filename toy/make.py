@@ -13,6 +13,15 @@ model that imitates them learns the mistakes too; preferences and rewards can re
     python sft.py --output-dir runs/toy-sft
     cp runs/toy-sft/final/* toy/model/
     python toy/make.py --sampled     # what raters say of the trained model's own completions
+
+toy/judge learned from the pairs of these raters, in both orders, with toy/judge.txt as its prompt:
+
+    python judge.py --write-sft --dataset toy/pref_train.jsonl --max-rows 2500 \
+        --output-dir runs/toy-judge-rows
+    python sft.py --model toy/model --dataset runs/toy-judge-rows/sft.jsonl --eval-size 0 \
+        --num-epochs 5 --learning-rate 1e-3 --lr-schedule cosine --warmup-ratio 0.05 \
+        --micro-batch-size 32 --output-dir runs/toy-judge
+    cp runs/toy-judge/final/* toy/judge/
 """
 
 import itertools
