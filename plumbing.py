@@ -278,6 +278,7 @@ def load_rows(path, *columns):
     if not rows:
         stop(f"{path}: no rows")
     _name_roles(rows, path)
+    _warn_of_odd_rows(rows, path)
     in_prompt = [name for name in ("system", "tools") if any(row.get(name) for row in rows)]
     if in_prompt:
         print(f"{path}: the columns that go into the prompt: {', '.join(in_prompt)}")
@@ -300,6 +301,7 @@ def _hub_lines(path):
 MESSAGES = ("prompt", "messages")  # a prompt may also be a text
 ANSWERS = ("completion", "response", "chosen", "rejected")  # texts, or lists of messages
 LISTS = ("completions", "ranks", "steps", "labels")
+NUMBERS = ("margin", "score_chosen", "score_rejected")
 
 
 def _check_texts(row, where):
@@ -321,6 +323,12 @@ def _check_texts(row, where):
             stop(f"{where}: {name} is {str(row[name])[:80]!r}, not a list")
     if not isinstance(row.get("text", ""), str | None):
         stop(f"{where}: text is {str(row['text'])[:80]!r}, not a text")
+    for name in NUMBERS:
+        value = row.get(name)
+        if isinstance(value, int | float) and not abs(value) < 1e30:  # also where it is NaN
+            stop(f"{where}: {name} is {value}, not a finite number")
+    if isinstance(row.get("prompt"), str) and re.match(r'\s*\[\s*\{\s*"role"', row["prompt"]):
+        stop(f"{where}: prompt is a list of messages written as a text; it needs the list itself")
     if isinstance(row.get("ended"), str | dict):  # of several completions it is a list
         stop(f"{where}: ended is {str(row['ended'])[:80]!r}, not true or false")
 
@@ -378,6 +386,31 @@ def _with_prompt_columns(row, where):
     return row | {name: chat}
 
 
+def _warn_of_odd_rows(rows, path):
+    """Say what can be trained on, and is seldom meant."""
+    odd = {
+        "a margin below 0, by which the rejected answer may win": 0,
+        "a score_chosen below score_rejected": 0,
+        "a prompt that ends with a turn of the assistant": 0,
+        "a turn whose role is not user, assistant, system or tool": 0,
+    }
+    negative, reversed_scores, answered, unknown = odd
+    for row in rows:
+        scores = (row.get("score_chosen"), row.get("score_rejected"))
+        are_numbers = all(isinstance(score, int | float) for score in scores)
+        margin = row.get("margin")
+        odd[negative] += isinstance(margin, int | float) and margin < 0
+        odd[reversed_scores] += are_numbers and scores[0] < scores[1]
+        chat = row.get("messages") or row.get("prompt")
+        if isinstance(chat, list) and chat:
+            odd[answered] += chat == row.get("prompt") and chat[-1]["role"] == "assistant"
+            odd[unknown] += bool({message["role"] for message in chat} - set(KNOWN_ROLES))
+    for what, number in odd.items():
+        if number:
+            print(f"warning: {path}: {number} of {len(rows)} rows have {what}", file=sys.stderr)
+
+
+KNOWN_ROLES = ("user", "assistant", "system", "developer", "tool", "function", "ipython")
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 
 
@@ -1311,6 +1344,9 @@ class Run:
     def _check_folder(self):
         """Stop where a run must not begin, or --overwrite would touch what is not a run's."""
         folder = self.folder
+        with stop_on_error(f"--output-dir {folder}"):  # such as a name that is too long
+            with contextlib.suppress(FileNotFoundError):
+                folder.lstat()
         if not self.args.output_dir.strip() or folder.resolve() in (Path.cwd(), Path.home()):
             stop(f"--output-dir {self.args.output_dir!r}: a run needs a folder of its own")
         if folder.is_symlink():

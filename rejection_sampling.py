@@ -429,6 +429,8 @@ def main(args: Args):
     rows = rows_to_answer(rows, others, args)
     M = min(args.num_prompts, len(rows))
     K = args.top_k if args.top_k and args.select.endswith("overall") else M
+    if not others and K > M * args.num_generations:
+        stop(f"--top-k {K}: there are {M * args.num_generations} candidates")
     steps_per_round = math.ceil(K * args.num_epochs / args.batch_size) if args.train else 0
     num_steps = steps_per_round * args.rounds
     models = {"policy": policy}

@@ -261,6 +261,46 @@ def test_a_column_that_all_read_alike_has_one_kind(tmp_path, column):
     assert plumbing.load_rows(path)[0] == good
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e300, -1e30])
+@pytest.mark.parametrize("column", ["margin", "score_chosen", "score_rejected"])
+def test_a_number_beyond_float32_is_named_by_its_line(tmp_path, column, value):
+    path = write_rows(tmp_path / "bad.jsonl", {column: 1.5}, {column: None}, {column: value})
+    text = message(plumbing.load_rows, path)
+    assert text == f"{path}, line 3: {column} is {value}, not a finite number"
+
+
+def test_a_list_of_messages_written_as_a_text_is_none(tmp_path):
+    path = write_rows(tmp_path / "bad.jsonl", ROWS[0], {"prompt": json.dumps([USER])})
+    assert f"{path}, line 2: prompt is a list of messages" in message(plumbing.load_rows, path)
+    path = write_rows(tmp_path / "good.jsonl", {"prompt": "[{1: 2}] is Python"})
+    assert len(plumbing.load_rows(path)) == 1
+
+
+def test_rows_that_are_seldom_meant_are_counted(tmp_path, capsys):
+    answer = {"role": "assistant", "content": "2"}
+    odd = [
+        {"margin": -0.5}, {"margin": -1}, {"score_chosen": 0, "score_rejected": 1},
+        {"prompt": [USER, answer]}, {"messages": [{"role": "usr", "content": "1"}, answer]},
+    ]  # fmt: skip
+    usual = [
+        {"margin": 0}, {"score_chosen": 1, "score_rejected": 1}, {"prompt": [USER]},
+        {"messages": [USER, answer]}, {"messages": [{"role": "tool", "content": "1"}, USER]},
+    ]  # fmt: skip
+    plumbing.load_rows(write_rows(tmp_path / "usual.jsonl", *usual))
+    assert capsys.readouterr().err == ""
+    path = write_rows(tmp_path / "odd.jsonl", *odd, *usual)
+    plumbing.load_rows(path)
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith(f"warning: {path}: ") for line in lines)
+    counts = [line.partition(f"{path}: ")[2].partition(" have a ")[0] for line in lines]
+    assert counts == ["2 of 10 rows", "1 of 10 rows", "1 of 10 rows", "1 of 10 rows"]
+
+
+def test_a_name_of_a_folder_that_is_too_long(tmp_path):
+    text = message(plumbing.Run, some_args(grpo, tmp_path, output_dir="a" * 300))
+    assert text.startswith("--output-dir aaa") and "OSError" in text
+
+
 @pytest.mark.parametrize("row", [{"prompt": "a\ud800"}, {"other": ["\udfff"]}, {"\ud801": 1}])
 def test_half_of_a_surrogate_pair_is_no_text(tmp_path, row):
     """No tokenizer takes it; JSON does."""
