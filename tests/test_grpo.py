@@ -305,7 +305,7 @@ def test_groups_with_signal():
         assert grpo.groups_with_signal(scores, 2, count).view(-1, 2).tolist() == wanted
     assert grpo.groups_with_signal(scores, 2, 5).tolist() == list(range(10))
     assert grpo.groups_with_signal(torch.ones(6), 2, 2).tolist() == [0, 1, 2, 3]
-    assert grpo.groups_with_signal(torch.tensor([1.0, 1, 2, 5, 5, 5]), 3, 1).tolist() == [0, 1, 2]
+    assert grpo.groups_with_signal(torch.tensor([5.0, 5, 5, 1, 1, 2]), 3, 1).tolist() == [3, 4, 5]
 
 
 def test_eq_11_is_the_gradient_of_log_pi():
