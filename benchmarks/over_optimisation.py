@@ -50,7 +50,7 @@ from rejection_sampling import best_of_n_kl, best_of_n_reward
 
 @dataclass
 class Args:
-    sizes: tuple[int, ...] = (160, 640, 2500)  # pairs that the reward models are trained on
+    sizes: tuple[int, ...] = (40, 160, 640, 2500)  # pairs that the reward models are trained on
     seeds: tuple[int, ...] = (0, 1, 2)  # each draws its pairs, and trains a reward model and RL
     output_dir: str = "runs/over_optimisation"  # folder of all runs, and of points.jsonl
     out: str = "over_optimisation.png"  # file of the figure
@@ -59,7 +59,7 @@ class Args:
     least_steps: int = 60  # gradient steps of a reward model, at least (and three epochs)
     rl_steps: int = 60  # steps of GRPO
     rl_prompts: int = 16  # prompts per step of GRPO, each with 8 completions
-    rl_learning_rate: float = 1e-4  # constant
+    rl_learning_rate: float = 5e-5  # constant
     window: int = 3  # steps of the moving mean of GRPO's metrics
 
 
@@ -177,10 +177,10 @@ def compute_points(args, folder):
     prompts = [row["prompt"] for row in of_each]
     gold = torch.tensor(grpo.verifier(prompts, texts, of_each)).view(-1, args.num_generations)
     rows = []
-    for size in args.sizes:
-        for seed in args.seeds:
+    for seed in args.seeds:
+        for size in args.sizes:
             model = train_reward_model(folder, size, seed, args.least_steps)
-            score = load_reward("verifier", None, str(model), micro_batch_size=256)
+            score = load_reward("verifier", None, str(model), torch.device("cpu"), "auto", 256)
             scores = torch.tensor(score(prompts, texts, of_each)).view_as(gold)
             mean, std = scores.mean(), scores.std()
             rl = folder / f"rl_{size}_{seed}"
