@@ -50,7 +50,7 @@ from rejection_sampling import best_of_n_kl, best_of_n_reward
 
 @dataclass
 class Args:
-    sizes: tuple[int, ...] = (40, 160, 640, 2500)  # pairs that the reward models are trained on
+    sizes: tuple[int, ...] = (40, 320, 2500)  # pairs that the reward models are trained on
     seeds: tuple[int, ...] = (0, 1, 2)  # each draws its pairs, and trains a reward model and RL
     output_dir: str = "runs/over_optimisation"  # folder of all runs, and of points.jsonl
     out: str = "over_optimisation.png"  # file of the figure
