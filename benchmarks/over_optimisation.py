@@ -57,7 +57,7 @@ class Args:
     num_prompts: int = 100  # test problems of best of N
     num_generations: int = 128  # completions of each: the largest N
     least_steps: int = 60  # gradient steps of a reward model, at least (and three epochs)
-    rl_steps: int = 60  # steps of GRPO
+    rl_steps: int = 45  # steps of GRPO
     rl_prompts: int = 16  # prompts per step of GRPO, each with 8 completions
     rl_learning_rate: float = 5e-5  # constant
     window: int = 3  # steps of the moving mean of GRPO's metrics
@@ -190,7 +190,7 @@ def compute_points(args, folder):
                 lr_schedule="constant", beta=1e-9, eval_size=0,
             )  # fmt: skip
             train(grpo, rl, **flags)  # the KL is logged, and its weight is as good as 0
-            curve = load(rl, ("kl", "reward", "gold_reward"), args.window)
+            curve = load(rl, ("kl", "reward", "gold_reward"), args.window, args.rl_steps)
             curve[1] = (curve[1] - mean) / std
             points = {
                 "best of N": best_of_n_points((scores - mean) / std, gold),
