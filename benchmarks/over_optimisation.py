@@ -16,8 +16,8 @@ standard deviation over the start policy's completions. Gold: the share of right
 
     python benchmarks/over_optimisation.py                 # the toy: some twenty minutes
 
-What is in --output-dir already is not computed again: a run that was stopped goes on, and with
-points.jsonl there it only fits and draws. Needs matplotlib.
+What is in --output-dir already, of the same flags, is not computed again: a run that was stopped
+goes on, and one that is finished only fits and draws. Needs matplotlib.
 """
 
 import json
@@ -52,12 +52,12 @@ from rejection_sampling import best_of_n_kl, best_of_n_reward
 class Args:
     sizes: tuple[int, ...] = (40, 320, 2500)  # pairs that the reward models are trained on
     seeds: tuple[int, ...] = (0, 1, 2)  # each draws its pairs, and trains a reward model and RL
-    output_dir: str = "runs/over_optimisation"  # folder of all runs, and of points.jsonl
+    output_dir: str = "runs/over_optimisation"  # folder of all runs and their points
     out: str = "over_optimisation.png"  # file of the figure
     num_prompts: int = 100  # test problems of best of N
-    num_generations: int = 128  # completions of each: the largest N
+    num_generations: int = 64  # completions of each: the largest N
     least_steps: int = 60  # gradient steps of a reward model, at least (and three epochs)
-    rl_steps: int = 45  # steps of GRPO
+    rl_steps: int = 40  # steps of GRPO
     rl_prompts: int = 16  # prompts per step of GRPO, each with 8 completions
     rl_learning_rate: float = 5e-5  # constant
     window: int = 3  # steps of the moving mean of GRPO's metrics
@@ -171,37 +171,46 @@ def best_of_n_points(proxy, gold):
     return points
 
 
-def compute_points(args, folder):
-    """Train and measure all -> rows with method, size, seed, kl, proxy, gold, accuracy."""
-    of_each, texts = sample(args)
+def compute_points(args, folder, sampled, size, seed):
+    """Train one reward model, and RL against it -> rows with method, size, seed, accuracy (of
+    held-out pairs), kl, proxy, gold."""
+    of_each, texts = sampled
     prompts = [row["prompt"] for row in of_each]
     gold = torch.tensor(grpo.verifier(prompts, texts, of_each)).view(-1, args.num_generations)
+    model = train_reward_model(folder, size, seed, args.least_steps)
+    score = load_reward("verifier", None, str(model), torch.device("cpu"), "auto", 256)
+    scores = torch.tensor(score(prompts, texts, of_each)).view_as(gold)
+    mean, std = scores.mean(), scores.std()
+    rl = folder / f"rl_{size}_{seed}"
+    flags = dict(
+        reward_model=str(model), seed=seed, num_steps=args.rl_steps, num_prompts=args.rl_prompts,
+        learning_rate=args.rl_learning_rate, lr_schedule="constant", beta=1e-9, eval_size=0,
+    )  # fmt: skip
+    train(grpo, rl, **flags)  # the KL is logged, and its weight is as good as 0
+    curve = load(rl, ("kl", "reward", "gold_reward"), args.window, args.rl_steps)
+    curve[1] = (curve[1] - mean) / std
+    points = {"best of N": best_of_n_points((scores - mean) / std, gold), "RL": curve.T.tolist()}
+    accuracy = load(model.parent, ("eval_accuracy",), 1)[0, -1].item()
     rows = []
+    for method, values in points.items():
+        for kl, proxy, right in values:
+            row = {"method": method, "size": size, "seed": seed, "accuracy": accuracy}
+            rows.append(row | {"kl": kl, "proxy": proxy, "gold": right})
+    return rows
+
+
+def all_points(args, folder):
+    """Points of all sizes and seeds: what is in the folder is read, the rest computed."""
+    rows = []
+    sampled = None
     for seed in args.seeds:
         for size in args.sizes:
-            model = train_reward_model(folder, size, seed, args.least_steps)
-            score = load_reward("verifier", None, str(model), torch.device("cpu"), "auto", 256)
-            scores = torch.tensor(score(prompts, texts, of_each)).view_as(gold)
-            mean, std = scores.mean(), scores.std()
-            rl = folder / f"rl_{size}_{seed}"
-            flags = dict(
-                reward_model=str(model), seed=seed, num_steps=args.rl_steps,
-                num_prompts=args.rl_prompts, learning_rate=args.rl_learning_rate,
-                lr_schedule="constant", beta=1e-9, eval_size=0,
-            )  # fmt: skip
-            train(grpo, rl, **flags)  # the KL is logged, and its weight is as good as 0
-            curve = load(rl, ("kl", "reward", "gold_reward"), args.window, args.rl_steps)
-            curve[1] = (curve[1] - mean) / std
-            points = {
-                "best of N": best_of_n_points((scores - mean) / std, gold),
-                "RL": curve.T.tolist(),
-            }
-            accuracy = load(model.parent, ("eval_accuracy",), 1)[0, -1].item()
-            known = {"size": size, "seed": seed, "accuracy": accuracy}
-            for method, values in points.items():
-                for kl, proxy, right in values:
-                    point = {"kl": kl, "proxy": proxy, "gold": right}
-                    rows.append({"method": method} | known | point)
+            path = folder / f"points_{size}_{seed}.jsonl"
+            if not path.exists():
+                sampled = sampled or sample(args)
+                points = compute_points(args, folder, sampled, size, seed)
+                path.write_text("".join(json.dumps(row) + "\n" for row in points))
+            rows += [json.loads(line) for line in path.read_text().splitlines()]
     return rows
 
 
@@ -280,11 +289,7 @@ def main(args: Args):
     quieten_transformers()
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "points.jsonl"
-    if not path.exists():
-        rows = compute_points(args, folder)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = all_points(args, folder)
     # Best of 1 is the start policy itself
     start = next(row["gold"] for row in rows if row["method"] == "best of N" and row["kl"] == 0)
     print(f"gold reward of the start policy: {start:.3f}")

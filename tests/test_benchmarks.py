@@ -382,18 +382,18 @@ def test_over_optimisation_from_the_reward_model_to_the_figure(tmp_path, monkeyp
         rl_prompts=2, num_prompts=3, num_generations=4, window=2, out=str(tmp_path / "figure.png"),
     )  # fmt: skip
     over_optimisation.main(args)
-    rows = load_rows(tmp_path / "runs/points.jsonl")
-    assert len(rows) == 2 * (3 + 2)
     for size in (20, 40):
+        rows = load_rows(tmp_path / f"runs/points_{size}_3.jsonl")
+        assert len(rows) == 3 + 2
         pairs = load_rows(tmp_path / f"runs/pairs_{size}_3.jsonl")
         assert len({json.dumps(row) for row in pairs}) == size
-        of_these = [row for row in rows if row["size"] == size and row["method"] == "best of N"]
+        of_these = [row for row in rows if row["method"] == "best of N"]
         assert [row["kl"] for row in of_these] == pytest.approx([0, math.log(2) - 0.5, 0.6362944])
         assert of_these[0]["proxy"] == pytest.approx(0, abs=1e-5)  # the start's mean is 0
         flags = json.loads((tmp_path / f"runs/rl_{size}_3/args.json").read_text())
         assert flags["reward_model"] == str(tmp_path / f"runs/rm_{size}_3/final")
         metrics = load_rows(tmp_path / f"runs/rl_{size}_3/metrics.jsonl")
-        of_these = [row for row in rows if row["size"] == size and row["method"] == "RL"]
+        of_these = [row for row in rows if row["method"] == "RL"]
         means = [(metrics[i]["gold_reward"] + metrics[i + 1]["gold_reward"]) / 2 for i in (0, 1)]
         assert [row["gold"] for row in of_these] == pytest.approx(means)
     printed = capsys.readouterr().out
