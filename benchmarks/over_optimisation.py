@@ -56,11 +56,15 @@ class Args:
     out: str = "over_optimisation.png"  # file of the figure
     num_prompts: int = 100  # test problems of best of N
     num_generations: int = 64  # completions of each: the largest N
+    start_prompts: int = 1000  # training problems, each with 4 completions, for the start of RL
     least_steps: int = 60  # gradient steps of a reward model, at least (and three epochs)
     rl_steps: int = 40  # steps of GRPO
     rl_prompts: int = 16  # prompts per step of GRPO, each with 8 completions
     rl_learning_rate: float = 5e-5  # constant
     window: int = 3  # steps of the moving mean of GRPO's metrics
+    fit_until: float = 2.0
+    """largest d of the points that are fitted: further out the share of right answers comes to its
+    floor, 0, of which the forms know nothing"""
 
 
 # --- The two forms --------------------------------------------------------------------------------
@@ -144,20 +148,25 @@ def train_reward_model(folder, size, seed, least_steps):
     return train(rm_bt, folder / f"rm_{size}_{seed}", **flags)
 
 
-def sample(args):
-    """The start policy's completions of test problems -> rows, texts, prompt-major."""
+def sample(name, num_prompts, num_generations):
+    """The start policy's completions of the first problems of a file -> rows and texts,
+    prompt-major, and gold rewards (P, N)."""
     torch.manual_seed(0)
     start = str(ROOT / "toy/model")
-    rows = load_rows(str(ROOT / "toy/problems_test.jsonl"), "prompt", "answer")
+    problems = load_rows(str(ROOT / "toy" / name), "prompt", "answer")[:num_prompts]
     policy = load_model(AutoModelForCausalLM, start, torch.device("cpu"))
     tokenizer = load_tokenizer(start)
     texts = []
-    of_each = []
-    for row in rows[: args.num_prompts]:
-        sampled = generate(policy, tokenizer, [row["prompt"]], args.num_generations, 48)
-        texts += sampled[1]
-        of_each += with_ended([row] * args.num_generations, sampled[2])
-    return of_each, texts
+    rows = []
+    together = max(1, 64 // num_generations)
+    for first in range(0, len(problems), together):
+        part = problems[first : first + together]
+        prompts = [row["prompt"] for row in part]
+        batch, answers, ended = generate(policy, tokenizer, prompts, num_generations, 48)
+        texts += answers
+        rows += with_ended(part, ended, batch, tokenizer)
+    gold = grpo.verifier([row["prompt"] for row in rows], texts, rows)
+    return rows, texts, torch.tensor(gold).view(-1, num_generations)
 
 
 def best_of_n_points(proxy, gold):
@@ -171,15 +180,17 @@ def best_of_n_points(proxy, gold):
     return points
 
 
-def compute_points(args, folder, sampled, size, seed):
+def compute_points(args, folder, sampled, rl_start, size, seed):
     """Train one reward model, and RL against it -> rows with method, size, seed, accuracy (of
-    held-out pairs), kl, proxy, gold."""
-    of_each, texts = sampled
-    prompts = [row["prompt"] for row in of_each]
-    gold = torch.tensor(grpo.verifier(prompts, texts, of_each)).view(-1, args.num_generations)
+    held-out pairs), kl, proxy, gold, start (the gold reward of the start policy).
+
+    sampled: what `sample` made of the test problems. rl_start: the start of RL, whose problems are
+    others.
+    """
+    of_each, texts, gold = sampled
     model = train_reward_model(folder, size, seed, args.least_steps)
     score = load_reward("verifier", None, str(model), torch.device("cpu"), "auto", 256)
-    scores = torch.tensor(score(prompts, texts, of_each)).view_as(gold)
+    scores = torch.tensor(score([row["prompt"] for row in of_each], texts, of_each)).view_as(gold)
     mean, std = scores.mean(), scores.std()
     rl = folder / f"rl_{size}_{seed}"
     flags = dict(
@@ -190,12 +201,14 @@ def compute_points(args, folder, sampled, size, seed):
     curve = load(rl, ("kl", "reward", "gold_reward"), args.window, args.rl_steps)
     curve[1] = (curve[1] - mean) / std
     points = {"best of N": best_of_n_points((scores - mean) / std, gold), "RL": curve.T.tolist()}
+    starts = {"best of N": gold.mean().item(), "RL": rl_start}
     accuracy = load(model.parent, ("eval_accuracy",), 1)[0, -1].item()
     rows = []
     for method, values in points.items():
+        known = {"method": method, "size": size, "seed": seed, "accuracy": accuracy}
         for kl, proxy, right in values:
-            row = {"method": method, "size": size, "seed": seed, "accuracy": accuracy}
-            rows.append(row | {"kl": kl, "proxy": proxy, "gold": right})
+            point = {"kl": kl, "proxy": proxy, "gold": right, "start": starts[method]}
+            rows.append(known | point)
     return rows
 
 
@@ -207,8 +220,10 @@ def all_points(args, folder):
         for size in args.sizes:
             path = folder / f"points_{size}_{seed}.jsonl"
             if not path.exists():
-                sampled = sampled or sample(args)
-                points = compute_points(args, folder, sampled, size, seed)
+                if sampled is None:
+                    sampled = sample("problems_test.jsonl", args.num_prompts, args.num_generations)
+                    _, _, first = sample("problems_train.jsonl", args.start_prompts, 4)
+                points = compute_points(args, folder, sampled, first.mean().item(), size, seed)
                 path.write_text("".join(json.dumps(row) + "\n" for row in points))
             rows += [json.loads(line) for line in path.read_text().splitlines()]
     return rows
@@ -222,22 +237,23 @@ def roots(rows):
     return torch.tensor([row["kl"] for row in rows]).clamp(min=0).sqrt()
 
 
-def fit(rows, method, start):
-    """Points of one method, gold reward of the start -> a, b, their errors (2,), R^2, peak in d."""
+def fit(rows, method, largest=math.inf):
+    """Points of one method up to the d `largest` -> a, b, their errors (2,), R^2, peak in d."""
     columns, peak = FORMS[method]
-    gold = torch.tensor([row["gold"] for row in rows])
-    parameters, errors, explained = least_squares(columns(roots(rows)), gold - start)
+    near = [row for row in rows if math.sqrt(max(row["kl"], 0)) <= largest]
+    gain = torch.tensor([row["gold"] - row["start"] for row in near])
+    parameters, errors, explained = least_squares(columns(roots(near)), gain)
     return parameters, errors, explained.item(), peak(*parameters.tolist())
 
 
-def describe(rows, method, size, start):
+def describe(rows, method, size, largest):
     """A line of the table: the fit to all seeds, and the range of the fits to single ones."""
     of_these = [row for row in rows if row["method"] == method and row["size"] == size]
-    parameters, errors, explained, peak = fit(of_these, method, start)
-    seeds = sorted({row["seed"] for row in of_these})
-    single = [
-        fit([row for row in of_these if row["seed"] == seed], method, start) for seed in seeds
-    ]
+    parameters, errors, explained, peak = fit(of_these, method, largest)
+    single = []
+    for seed in sorted({row["seed"] for row in of_these}):
+        of_seed = [row for row in of_these if row["seed"] == seed]
+        single.append(fit(of_seed, method, largest))
     accuracy = [row["accuracy"] for row in of_these]
     cells = [method, size, f"{min(accuracy):.3f} to {max(accuracy):.3f}"]
     for i in range(2):
@@ -257,7 +273,7 @@ def seen_peak(rows):
     return math.sqrt(max(best["kl"], 0)), best["gold"]
 
 
-def draw(rows, start, path):
+def draw(rows, largest, path):
     """Proxy above, gold below, of best of N and of RL; a colour for each size of training set."""
     from matplotlib.figure import Figure
 
@@ -275,9 +291,9 @@ def draw(rows, start, path):
             options = dict(color=color, marker="o", markersize=3, linestyle="", alpha=0.35)
             proxy.plot(d, [row["proxy"] for row in of_these], label=f"{size} pairs", **options)
             gold.plot(d, [row["gold"] for row in of_these], **options)
-            parameters, _, _, _ = fit(of_these, method, start)
-            grid = torch.linspace(0, d.max(), 200)
-            fitted = start + FORMS[method][0](grid).double() @ parameters
+            parameters, _, _, _ = fit(of_these, method, largest)
+            grid = torch.linspace(0, min(d.max().item(), largest), 200)
+            fitted = of_these[0]["start"] + FORMS[method][0](grid).double() @ parameters
             gold.plot(grid, fitted, color=color, label=f"{size} pairs, fit")
         gold.set_ylim(-0.02, 1.02)
         proxy.legend()
@@ -290,14 +306,18 @@ def main(args: Args):
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     rows = all_points(args, folder)
-    # Best of 1 is the start policy itself
-    start = next(row["gold"] for row in rows if row["method"] == "best of N" and row["kl"] == 0)
-    print(f"gold reward of the start policy: {start:.3f}")
+    for method in FORMS:
+        start = next(row["start"] for row in rows if row["method"] == method)
+        print(f"gold reward of the start policy, on the problems of {method}: {start:.3f}")
     print("| method | pairs | accuracy | a (seeds) | b (seeds) | R^2 | peak of the fit (seeds) |")
     print("|---|---|---|---|---|---|---|")
     for method in FORMS:
         for size in sorted({row["size"] for row in rows}):
-            print("|", " | ".join(str(cell) for cell in describe(rows, method, size, start)), "|")
+            print(
+                "|",
+                " | ".join(str(cell) for cell in describe(rows, method, size, args.fit_until)),
+                "|",
+            )
     print("| method | pairs | seed | highest gold reward | at d | last gold reward | at d |")
     print("|---|---|---|---|---|---|---|")
     for method in FORMS:
@@ -308,7 +328,7 @@ def main(args: Args):
             last = math.sqrt(max(run[-1]["kl"], 0))
             print(f"| {method} | {size} | {seed} | {best:.3f} | {d:.2f} |", end=" ")
             print(f"{run[-1]['gold']:.3f} | {last:.2f} |")
-    draw(rows, start, args.out)
+    draw(rows, args.fit_until, args.out)
 
 
 if __name__ == "__main__":

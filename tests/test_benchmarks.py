@@ -363,13 +363,17 @@ def test_best_of_n_points_are_an_enumeration():
 
 
 def test_a_fit_is_of_what_is_above_the_start():
-    """Points of R = 0.5 + d (0.4 - 0.1 d), given by their KL; one below 0 counts as 0."""
-    rows = [{"kl": -0.01, "gold": 0.5}]
+    """Points of R = 0.5 + d (0.4 - 0.1 d), given by their KL; one below 0 counts as 0. A point that
+    is off is left out where it is too far."""
+    rows = [{"kl": -0.01, "gold": 0.5, "start": 0.5}]
     for d in (0.5, 1.0, 2.0, 3.0):
-        rows.append({"kl": d * d, "gold": 0.5 + d * (0.4 - 0.1 * d)})
-    parameters, errors, explained, peak = over_optimisation.fit(rows, "best of N", 0.5)
-    assert parameters.tolist() == pytest.approx([0.4, 0.1], abs=1e-5) and errors.max() < 1e-5
-    assert explained == pytest.approx(1) and peak == pytest.approx(2, abs=1e-3)
+        rows.append({"kl": d * d, "gold": 0.5 + d * (0.4 - 0.1 * d), "start": 0.5})
+    off = {"kl": 16.0, "gold": 0.0, "start": 0.5}
+    for given in (rows, [*rows, off]):
+        parameters, errors, explained, peak = over_optimisation.fit(given, "best of N", 3.0)
+        assert parameters.tolist() == pytest.approx([0.4, 0.1], abs=1e-5) and errors.max() < 1e-5
+        assert explained == pytest.approx(1) and peak == pytest.approx(2, abs=1e-3)
+    assert over_optimisation.fit([*rows, off], "best of N")[3] < 1.9
     assert over_optimisation.seen_peak(rows) == (2.0, pytest.approx(0.9))
 
 
@@ -379,7 +383,8 @@ def test_over_optimisation_from_the_reward_model_to_the_figure(tmp_path, monkeyp
     pytest.importorskip("matplotlib")
     args = over_optimisation.Args(
         sizes=(20, 40), seeds=(3,), output_dir=str(tmp_path / "runs"), least_steps=1, rl_steps=3,
-        rl_prompts=2, num_prompts=3, num_generations=4, window=2, out=str(tmp_path / "figure.png"),
+        rl_prompts=2, num_prompts=3, num_generations=4, window=2, start_prompts=5,
+        fit_until=100.0, out=str(tmp_path / "figure.png"),
     )  # fmt: skip
     over_optimisation.main(args)
     for size in (20, 40):
@@ -390,12 +395,15 @@ def test_over_optimisation_from_the_reward_model_to_the_figure(tmp_path, monkeyp
         of_these = [row for row in rows if row["method"] == "best of N"]
         assert [row["kl"] for row in of_these] == pytest.approx([0, math.log(2) - 0.5, 0.6362944])
         assert of_these[0]["proxy"] == pytest.approx(0, abs=1e-5)  # the start's mean is 0
+        assert [row["start"] for row in of_these] == pytest.approx(3 * [of_these[0]["gold"]])
         flags = json.loads((tmp_path / f"runs/rl_{size}_3/args.json").read_text())
         assert flags["reward_model"] == str(tmp_path / f"runs/rm_{size}_3/final")
         metrics = load_rows(tmp_path / f"runs/rl_{size}_3/metrics.jsonl")
         of_these = [row for row in rows if row["method"] == "RL"]
         means = [(metrics[i]["gold_reward"] + metrics[i + 1]["gold_reward"]) / 2 for i in (0, 1)]
         assert [row["gold"] for row in of_these] == pytest.approx(means)
+        share = over_optimisation.sample("problems_train.jsonl", 5, 4)[2].mean().item()
+        assert [row["start"] for row in of_these] == [share] * 2 and 0 < share < 1
     printed = capsys.readouterr().out
     assert "| RL | 40 | 3 |" in printed and (tmp_path / "figure.png").exists()
 
@@ -406,5 +414,5 @@ def test_over_optimisation_from_the_reward_model_to_the_figure(tmp_path, monkeyp
     (tmp_path / "figure.png").unlink()
     over_optimisation.main(args)
     assert (tmp_path / "figure.png").exists()
-    table = printed[printed.index("gold reward of the start") :]
+    table = printed[printed.index("gold reward of the start policy, on the problems of best") :]
     assert capsys.readouterr().out == table
