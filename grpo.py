@@ -9,6 +9,9 @@ and chapter 8 as chapter 15):
     process_advantages    11.1.5, the draft's TODO: process supervision (DeepSeekMath 4.1.3)
     token_weights         11.2.3, the mean over tokens, and two others
     grpo_loss             11.1.5 the objective, 11.2.3 the code, 11.2.2.1 eq. 11
+    gspo_loss             one ratio per completion (Zheng et al. 2025, GSPO, arXiv:2507.18071)
+    cispo_loss            a clipped weight of log pi (MiniMax-M1, CISPO, arXiv:2506.13585)
+    groups_with_signal    dynamic sampling (DAPO, arXiv:2503.14476); the draft has none of these 3
     kl_estimate           8.1, in common.py: its three forms and their gradients
     clip_frac, approx_kl  11.4; 11.2.3, the code; logged by main
 
@@ -105,6 +108,9 @@ class Args:
     num_steps: int = 200  # number of steps, each on new completions
     num_prompts: int = 16  # P, prompts per step (DeepSeekMath: 16)
     num_generations: int = 8  # G, completions per prompt: the group of eq. 10 (DeepSeekMath: 64)
+    oversample: int = 1
+    """sample for this many times P prompts, and train on the first P groups whose rewards are not
+    all equal (DAPO); where too few are left, others fill them up"""
     max_new_tokens: int = 256  # longest completion, in tokens (DeepSeekMath: 1024)
     temperature: float = 1.0  # temperature of sampling, and of the log-probs
 
@@ -116,7 +122,12 @@ class Args:
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """learning-rate schedule; linear and cosine fall to 0"""
     max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
-    clip_eps: float = 0.2  # epsilon: the ratio is clipped to 1 - epsilon .. 1 + epsilon
+    loss: Literal["grpo", "gspo", "cispo"] = "grpo"
+    """grpo: the ratio of each token, clipped; gspo: one ratio per completion, the geometric mean of
+    its tokens' (GSPO: --clip-eps 3e-4 --clip-eps-high 4e-4); cispo: log pi, weighed by each token's
+    ratio, cut from above, without gradient (CISPO: --aggregate token)"""
+    clip_eps: float = 0.2
+    """epsilon: the ratio is clipped to 1 - epsilon .. 1 + epsilon; cispo has no lower bound"""
     clip_eps_high: float = 0.0
     """epsilon of the upper bound (DAPO: 0.28); 0: the same as --clip-eps"""
     beta: float = 0.04
@@ -227,6 +238,58 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_e
     return (weights * per_token_loss).sum(), pg_losses2 > pg_losses1
 
 
+def gspo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_eps_high, beta, kl):
+    """As `grpo_loss`, with one ratio per completion (GSPO, Zheng et al. 2025, arXiv:2507.18071).
+
+    s = exp(mean over the completion's tokens of log pi - log pi_old), eq. 7, in place of the ratio
+    of each token; where it is clipped, the whole completion is. With --aggregate sequence, eq. 5.
+    The weights must be 0 in padding, and nowhere else.
+    """
+    log_ratio = masked_mean(logps - old_logps, weights > 0, dim=1)
+    ratio = torch.exp(log_ratio)[:, None]  # (R, 1)
+    pg_losses1 = -advantages * ratio
+    pg_losses2 = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps_high)
+    per_token_loss = torch.max(pg_losses1, pg_losses2)
+    if beta:
+        per_token_loss = per_token_loss + beta * kl_estimate(logps, ref_logps, kl)
+    return (weights * per_token_loss).sum(), pg_losses2 > pg_losses1
+
+
+def cispo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_eps_high, beta, kl):
+    """As `grpo_loss`: the ratio only weighs log pi (CISPO, MiniMax-M1 2025, arXiv:2506.13585).
+
+    Per token: -sg(min(ratio, 1 + eps_high)) A log pi + beta KL, where sg stops the gradient: at the
+    ratio 1 that of `grpo_loss`. A clipped token keeps its gradient, which `grpo_loss` takes from
+    it. The authors set their lower bound so low that it never binds; here is none, and clip_eps is
+    not used.
+    """
+    ratio = torch.exp(logps - old_logps).detach()
+    weight = ratio.clamp(max=1 + clip_eps_high)
+    per_token_loss = -weight * advantages * logps
+    if beta:
+        per_token_loss = per_token_loss + beta * kl_estimate(logps, ref_logps, kl)
+    return (weights * per_token_loss).sum(), ratio > weight
+
+
+LOSSES = {"grpo": grpo_loss, "gspo": gspo_loss, "cispo": cispo_loss}
+
+
+def groups_with_signal(scores, num_generations, num_groups):
+    """Rewards (R,), prompt-major -> long (num_groups * G,): the completions of the first groups
+    whose rewards are not all equal. DAPO (Yu et al. 2025, arXiv:2503.14476), eq. 11.
+
+    Where there are fewer such groups, the first of the others fill them up: a batch keeps its size,
+    and a token its weight. They have no advantage, and move the policy by the KL alone. DAPO
+    samples until its batch is full; this takes what was sampled.
+    """
+    groups = scores.view(-1, num_generations)
+    is_silent = (groups == groups[:, :1]).all(1)
+    # A stable sort puts those with a signal first, and keeps the order in which they were drawn
+    chosen = is_silent.long().argsort(stable=True)[:num_groups].sort().values
+    members = torch.arange(num_generations, device=scores.device)
+    return (chosen[:, None] * num_generations + members).flatten()
+
+
 def minibatches(num_groups, num_generations, num_epochs, num_minibatches, device="cpu"):
     """Yield the completions of each gradient step: long tensors of places, in whole groups.
 
@@ -315,12 +378,15 @@ def check_args(args, num_rows):
         )
     if args.missing_eos_penalty is not None and args.supervision == "process":
         stop("--missing-eos-penalty is one number per completion: not with --supervision process")
+    if args.loss == "gspo" and args.supervision == "process":
+        stop("--loss gspo has one ratio per completion: not with --supervision process")
+    if args.oversample > 1 and args.supervision == "process":
+        stop("--oversample compares one number per completion: not with --supervision process")
 
 
 def main(args: Args):
-    args.step_separator = args.step_separator.replace(
-        "\\n", "\n"
-    )  # a shell passes \n as two characters
+    # A shell passes \n as two characters
+    args.step_separator = args.step_separator.replace("\\n", "\n")
     run = Run(args)
     torch.manual_seed(args.seed)
     random.seed(args.seed)  # for rewards that draw random numbers
@@ -355,7 +421,8 @@ def main(args: Args):
     for step in run.steps():
         start = time.time()
         # 1. Sample G completions of each of P prompts, and score them
-        drawn = random.Random(f"{args.seed} {step}").sample(rows, P)
+        num_drawn = min(P * args.oversample, len(rows))
+        drawn = random.Random(f"{args.seed} {step}").sample(rows, num_drawn)
         prompts = [row["prompt"] for row in drawn]
         sampling = (G, args.max_new_tokens, args.temperature)
         batch, texts, ended = generate(policy, tokenizer, prompts, *sampling)
@@ -365,6 +432,8 @@ def main(args: Args):
         scores = one_number(values).to(device)
         if args.missing_eos_penalty is not None:
             scores[~ended] = -args.missing_eos_penalty
+        kept = groups_with_signal(scores, G, P)  # all, without --oversample
+        batch = batch.rows(kept)
         mask = batch.completion_mask
         R, T = mask.shape
 
@@ -383,7 +452,8 @@ def main(args: Args):
             step_rewards, ends = process_rewards(values, batch, tokenizer, args.step_separator)
             advantages = process_advantages(step_rewards, ends, T, G, args.scale_by_std)
         else:
-            advantages = group_advantages(scores, G, args.scale_by_std)[:, None].expand(R, T)
+            advantages = group_advantages(scores[kept], G, args.scale_by_std)
+            advantages = advantages[:, None].expand(R, T)
 
         # 4. Gradient steps, each on whole groups
         losses, grad_norms = [], []
@@ -400,7 +470,7 @@ def main(args: Args):
                     policy_logps[mb, :t] = logps.detach()
                 old_logps = policy_logps[mb, :t]
                 tensors = (old_logps, ref_logps[mb, :t], advantages[mb, :t], weights[mb, :t])
-                mb_loss, is_clipped = grpo_loss(
+                mb_loss, is_clipped = LOSSES[args.loss](
                     logps, *tensors, args.clip_eps, clip_eps_high, args.beta, args.kl
                 )
                 mb_loss.backward()

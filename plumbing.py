@@ -995,9 +995,11 @@ def load_reward(
         # Copies: nothing that a reward does to its lists may reach the training
         given = copy.deepcopy((prompts, completions, rows))
         has_grad = torch.is_grad_enabled()
+        dtype_before = torch.get_default_dtype()
         with _no_exit(name), stop_on_error(f"{name} failed"):
             returned = function(*given)
-            torch.set_grad_enabled(has_grad)  # a judge may have switched it off for good
+            torch.set_grad_enabled(has_grad)  # a judge may have switched it off for good,
+            torch.set_default_dtype(dtype_before)  # or have loaded its model in another dtype
             if returned is None or isinstance(returned, dict | set | str):
                 kind = type(returned).__name__
                 raise ValueError(f"it returned a value of type {kind}, not a list of numbers")

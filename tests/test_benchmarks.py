@@ -1,6 +1,9 @@
 """What the benchmarks read."""
 
 import importlib
+import itertools
+import json
+import math
 import sys
 
 import pytest
@@ -12,6 +15,7 @@ from common import generate
 from plumbing import Run, load_model, load_rows, load_tokenizer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import over_optimisation
 import plot
 import scaling
 import sides
@@ -248,3 +252,167 @@ def test_operations_are_counted_by_hand():
     for tied in True, False:
         config.tie_word_embeddings = tied
         assert scaling.operations(LlamaForCausalLM(config), 2, 3, 5, 7) == expected
+
+
+# --- over_optimisation.py -------------------------------------------------------------------------
+
+FORMS = {
+    "best of N": lambda d, a, b: d * (a - b * d),
+    "RL": lambda d, a, b: d * (a - b * math.log(d)) if d else 0.0,
+}
+
+
+@pytest.mark.parametrize("method", FORMS)
+@pytest.mark.parametrize("a, b", [(0.5, 0.2), (1.0, -0.1), (-0.3, 0.4)])
+def test_exact_data_gives_back_a_and_b(method, a, b):
+    """Also with a point at d = 0, where both forms are 0; then nothing is left to be an error."""
+    d = [0.0, 0.1, 0.5, 1.0, 1.7, 2.5, 6.0]
+    values = torch.tensor([FORMS[method](x, a, b) for x in d])
+    columns = over_optimisation.FORMS[method][0](torch.tensor(d))
+    assert columns.shape == (7, 2) and columns[0].tolist() == [0, 0]
+    parameters, errors, explained = over_optimisation.least_squares(columns, values)
+    assert parameters.tolist() == pytest.approx([a, b], abs=1e-5)
+    assert errors.max() < 1e-5 and explained == pytest.approx(1)
+
+
+def plain_least_squares(x, z, y):
+    """y = a x + b z without a constant, from sums: a, b, their standard errors, R^2."""
+    xx = sum(v * v for v in x)
+    zz = sum(v * v for v in z)
+    xz = sum(v * w for v, w in zip(x, z, strict=True))
+    xy = sum(v * w for v, w in zip(x, y, strict=True))
+    zy = sum(v * w for v, w in zip(z, y, strict=True))
+    det = xx * zz - xz * xz
+    a, b = (zz * xy - xz * zy) / det, (xx * zy - xz * xy) / det
+    left = sum((w - a * u - b * v) ** 2 for u, v, w in zip(x, z, y, strict=True))
+    mean = sum(y) / len(y)
+    variance = left / (len(y) - 2)
+    errors = [(variance * zz / det) ** 0.5, (variance * xx / det) ** 0.5]
+    return [a, b], errors, 1 - left / sum((w - mean) ** 2 for w in y)
+
+
+def some_noise(d, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return 0.05 * torch.randn(len(d), generator=generator)
+
+
+@pytest.mark.parametrize("method", FORMS)
+def test_standard_errors_are_those_of_the_textbook(method):
+    d = torch.linspace(0.2, 3, 12)
+    exact = torch.tensor([FORMS[method](x, 0.6, 0.2) for x in d.tolist()])
+    values = exact + some_noise(d, 1)
+    columns = over_optimisation.FORMS[method][0](d)
+    parameters, errors, explained = over_optimisation.least_squares(columns, values)
+    x, z = columns.T.tolist()
+    wanted = plain_least_squares(x, z, values.tolist())
+    assert parameters.tolist() == pytest.approx(wanted[0], rel=1e-4)
+    assert errors.tolist() == pytest.approx(wanted[1], rel=1e-4)
+    assert explained.item() == pytest.approx(wanted[2], rel=1e-4)
+
+
+@pytest.mark.parametrize("method", FORMS)
+def test_standard_errors_are_the_spread_over_new_noise(method):
+    """600 draws of the same noise: the parameters' deviation, and the mean of what is claimed."""
+    d = torch.linspace(0.2, 3, 12)
+    exact = torch.tensor([FORMS[method](x, 0.6, 0.2) for x in d.tolist()])
+    columns = over_optimisation.FORMS[method][0](d)
+    drawn, claimed = [], []
+    for seed in range(600):
+        values = exact + some_noise(d, seed)
+        parameters, errors, _ = over_optimisation.least_squares(columns, values)
+        drawn.append(parameters)
+        claimed.append(errors**2)
+    spread = torch.stack(drawn).std(0)
+    assert torch.stack(drawn).mean(0).tolist() == pytest.approx([0.6, 0.2], abs=0.01)
+    wanted = torch.stack(claimed).mean(0).sqrt()
+    assert spread.tolist() == pytest.approx(wanted.tolist(), rel=0.1)
+
+
+@pytest.mark.parametrize("method", FORMS)
+@pytest.mark.parametrize("a, b", [(0.5, 0.2), (0.2, 0.3), (0.9, 0.8)])
+def test_the_peak_is_that_of_a_grid(method, a, b):
+    grid = [i / 10000 for i in range(1, 60000)]
+    best = max(grid, key=lambda d: FORMS[method](d, a, b))
+    assert over_optimisation.FORMS[method][1](a, b) == pytest.approx(best, abs=2e-4)
+
+
+def test_a_form_without_a_peak_has_none():
+    for a, b in ((0.5, -0.2), (0.5, 0.0), (-0.5, 0.2)):
+        assert math.isnan(over_optimisation.best_of_n_peak(a, b))
+    assert math.isnan(over_optimisation.rl_peak(0.5, -0.2))
+    assert math.isnan(over_optimisation.rl_peak(0.5, 0.0))
+    assert over_optimisation.rl_peak(1.0, 1e-9) == math.inf
+    assert over_optimisation.rl_peak(-0.5, 0.5) == pytest.approx(math.exp(-2))
+
+
+def test_best_of_n_points_are_an_enumeration():
+    """Of each prompt every choice of n completions, its best by the proxy, and that one's gold."""
+    torch.manual_seed(0)
+    proxy = torch.randn(3, 8)
+    gold = torch.rand(3, 8)
+    points = over_optimisation.best_of_n_points(proxy, gold)
+    assert len(points) == 4
+    for n, point in zip((1, 2, 4, 8), points, strict=True):
+        chosen = []
+        for p in range(3):
+            for choice in itertools.combinations(range(8), n):
+                chosen.append((p, max(choice, key=lambda i: proxy[p, i].item())))
+        means = [sum(x[p, i].item() for p, i in chosen) / len(chosen) for x in (proxy, gold)]
+        wanted = [math.log(n) - (n - 1) / n, *means]
+        assert list(point) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_fit_is_of_what_is_above_the_start():
+    """Points of R = 0.5 + d (0.4 - 0.1 d), given by their KL; one below 0 counts as 0. A point that
+    is off is left out where it is too far."""
+    rows = [{"kl": -0.01, "gold": 0.5, "start": 0.5}]
+    for d in (0.5, 1.0, 2.0, 3.0):
+        rows.append({"kl": d * d, "gold": 0.5 + d * (0.4 - 0.1 * d), "start": 0.5})
+    off = {"kl": 16.0, "gold": 0.0, "start": 0.5}
+    for given in (rows, [*rows, off]):
+        parameters, errors, explained, peak = over_optimisation.fit(given, "best of N", 3.0)
+        assert parameters.tolist() == pytest.approx([0.4, 0.1], abs=1e-5) and errors.max() < 1e-5
+        assert explained == pytest.approx(1) and peak == pytest.approx(2, abs=1e-3)
+    assert over_optimisation.fit([*rows, off], "best of N")[3] < 1.9
+    assert over_optimisation.seen_peak(rows) == (2.0, pytest.approx(0.9))
+
+
+def test_over_optimisation_from_the_reward_model_to_the_figure(tmp_path, monkeypatch, capsys):
+    """One pair of sizes, one step of GRPO or two: points, table, figure; a second call computes
+    nothing again."""
+    pytest.importorskip("matplotlib")
+    args = over_optimisation.Args(
+        sizes=(20, 40), seeds=(3,), output_dir=str(tmp_path / "runs"), least_steps=1, rl_steps=3,
+        rl_prompts=2, num_prompts=3, num_generations=4, window=2, start_prompts=5,
+        fit_until=100.0, out=str(tmp_path / "figure.png"),
+    )  # fmt: skip
+    over_optimisation.main(args)
+    for size in (20, 40):
+        rows = load_rows(tmp_path / f"runs/points_{size}_3.jsonl")
+        assert len(rows) == 3 + 2
+        pairs = load_rows(tmp_path / f"runs/pairs_{size}_3.jsonl")
+        assert len({json.dumps(row) for row in pairs}) == size
+        of_these = [row for row in rows if row["method"] == "best of N"]
+        assert [row["kl"] for row in of_these] == pytest.approx([0, math.log(2) - 0.5, 0.6362944])
+        assert of_these[0]["proxy"] == pytest.approx(0, abs=1e-5)  # the start's mean is 0
+        assert [row["start"] for row in of_these] == pytest.approx(3 * [of_these[0]["gold"]])
+        flags = json.loads((tmp_path / f"runs/rl_{size}_3/args.json").read_text())
+        assert flags["reward_model"] == str(tmp_path / f"runs/rm_{size}_3/final")
+        metrics = load_rows(tmp_path / f"runs/rl_{size}_3/metrics.jsonl")
+        of_these = [row for row in rows if row["method"] == "RL"]
+        means = [(metrics[i]["gold_reward"] + metrics[i + 1]["gold_reward"]) / 2 for i in (0, 1)]
+        assert [row["gold"] for row in of_these] == pytest.approx(means)
+        share = over_optimisation.sample("problems_train.jsonl", 5, 4)[2].mean().item()
+        assert [row["start"] for row in of_these] == [share] * 2 and 0 < share < 1
+    printed = capsys.readouterr().out
+    assert "| RL | 40 | 3 |" in printed and (tmp_path / "figure.png").exists()
+
+    def refuse(*_, **__):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(over_optimisation, "train", refuse)
+    (tmp_path / "figure.png").unlink()
+    over_optimisation.main(args)
+    assert (tmp_path / "figure.png").exists()
+    table = printed[printed.index("gold reward of the start policy, on the problems of best") :]
+    assert capsys.readouterr().out == table

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -198,6 +199,113 @@ def test_the_kl_is_a_cost():
     near = grpo.grpo_loss(zero - 1.0, zero - 1, zero - 1.1, zero, one, 0.2, 0.2, 0.5, "k1")[0]
     far = grpo.grpo_loss(zero - 1.0, zero - 1, zero - 3.0, zero, one, 0.2, 0.2, 0.5, "k1")[0]
     assert near.item() == pytest.approx(0.05) and far.item() == pytest.approx(1.0)
+
+
+# What all three losses have in common: (logps, old_logps, ref_logps, advantages, weights, clip_eps,
+# clip_eps_high, beta, kl) -> loss, where the clip is active.
+
+
+def gradient_of(loss, logps, old_logps, advantages, weights, beta=0.0):
+    """-> loss, its gradient for the log-probs, where the clip (0.8 to 1.3) is active."""
+    logps = logps.clone().requires_grad_()
+    value, active = loss(
+        logps, old_logps, logps.detach() - 0.3, advantages, weights, 0.2, 0.3, beta, "k3"
+    )
+    value.backward()
+    return value.item(), logps.grad, active
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("name", ["gspo", "cispo"])
+def test_at_the_ratio_1_all_losses_have_one_gradient(name, aggregate):
+    """Ragged completions, also one of a single token, each with one advantage for all tokens."""
+    mask = torch.arange(5) < torch.tensor([[5], [1], [3]])
+    logps = -torch.rand(3, 5) * mask
+    advantages = torch.tensor([[1.5], [-0.7], [0.2]]).expand(3, 5)
+    weights = grpo.token_weights(mask, aggregate, 8)
+    for beta in (0.0, 0.5):
+        same = (logps, logps, advantages, weights, beta)
+        value, wanted, active = gradient_of(grpo.grpo_loss, *same)
+        other_value, got, other_active = gradient_of(grpo.LOSSES[name], *same)
+        assert torch.allclose(got, wanted, atol=1e-7) and wanted.abs().max() > 0.05
+        assert not (active & mask).any() and not (other_active & mask).any()
+        assert (value == pytest.approx(other_value)) == (name == "gspo")
+
+
+def test_gspo_by_hand():
+    """Log-ratios 0.1 and 0.3 are a ratio of e^0.2, whatever stands in the padding."""
+    weights = torch.tensor([[0.5, 0.5, 0.0]])
+    logps = torch.tensor([[-1.0, -2.0, 0.0]])
+    old_logps = torch.tensor([[-1.1, -2.3, -9.0]])
+    up = torch.full((1, 3), 2.0)
+    value, slope, active = gradient_of(grpo.gspo_loss, logps, old_logps, up, weights)
+    assert value == pytest.approx(-2 * math.exp(0.2)) and not active.any()
+    # d/d log pi_t of -A s is -A s / |y|, the same for both tokens
+    assert slope[0].tolist() == pytest.approx([-math.exp(0.2), -math.exp(0.2), 0.0])
+    value, _, _ = gradient_of(grpo.gspo_loss, logps, old_logps, up, weights, beta=0.5)
+    kl = math.exp(-0.3) - 1 + 0.3
+    assert value == pytest.approx(-2 * math.exp(0.2) + 0.5 * kl, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "advantage, log_ratios, loss",
+    [
+        (1.0, [0.0, 0.8], -1.3), (1.0, [-1.0, 0.2], -math.exp(-0.4)),
+        (-1.0, [0.0, 0.8], math.exp(0.4)), (-1.0, [-1.0, 0.2], 0.8),
+    ],
+)  # fmt: skip
+def test_gspo_clips_whole_completions(advantage, log_ratios, loss):
+    """By their mean: in the first case one of two tokens has not moved, in the others both have,
+    to different sides of the bounds 0.8 and 1.3."""
+    logps = torch.tensor([log_ratios])
+    advantages = torch.full((1, 2), advantage)
+    value, slope, active = gradient_of(
+        grpo.gspo_loss, logps, 0 * logps, advantages, torch.full((1, 2), 0.5)
+    )
+    is_clipped = loss in (-1.3, 0.8)
+    assert value == pytest.approx(loss) and active.tolist() == [[is_clipped] * 2]
+    assert (slope == 0).all() == is_clipped
+
+
+def test_gspo_with_one_token_is_grpo():
+    logps = torch.linspace(-1, 1, 9)[:, None]
+    advantages = torch.tensor([1.0, -1.0, 0.5] * 3)[:, None]
+    same = (logps, 0 * logps, advantages, torch.full((9, 1), 1 / 9), 0.1)
+    value, wanted, active = gradient_of(grpo.grpo_loss, *same)
+    got_value, got, got_active = gradient_of(grpo.gspo_loss, *same)
+    assert got_value == pytest.approx(value) and torch.allclose(got, wanted)
+    assert torch.equal(got_active, active) and 0 < active.sum() < 9
+
+
+def test_cispo_by_hand():
+    """Ratios 0.5, 1, 2 with bounds 0.8 and 1.3: weights 0.5, 1, 1.3 of log pi, each kept in the
+    gradient."""
+    logps = torch.tensor([[0.5, 1.0, 2.0]]).log() - 1
+    old_logps = torch.full((1, 3), -1.0)
+    weights = torch.tensor([[0.2, 0.3, 0.5]])
+    for sign in (1.0, -1.0):
+        advantages = torch.full((1, 3), 2.0 * sign)
+        value, slope, active = gradient_of(grpo.cispo_loss, logps, old_logps, advantages, weights)
+        weighed = [0.2 * 0.5, 0.3 * 1.0, 0.5 * 1.3]
+        terms = [w * p for w, p in zip(weighed, logps[0].tolist(), strict=True)]
+        assert value == pytest.approx(-2 * sign * sum(terms))
+        assert slope[0].tolist() == pytest.approx([-2 * sign * w for w in weighed])
+        assert active.tolist() == [[False, False, True]]
+        assert gradient_of(grpo.grpo_loss, logps, old_logps, advantages, weights)[1].eq(0).any()
+    still, _, _ = gradient_of(grpo.cispo_loss, logps, old_logps, 0 * weights, weights, beta=0.5)
+    assert still == pytest.approx(0.5 * (math.exp(-0.3) - 0.7), rel=1e-5)  # the KL is a cost
+
+
+def test_groups_with_signal():
+    """Groups of 2: level, 0 1, level, 1 0, 0 1. The first ones that are not level, in their order;
+    where they are too few, the first level ones, too."""
+    scores = torch.tensor([1.0, 1, 0, 1, 0, 0, 1, 0, 0, 1])
+    for count, groups in ((1, [1]), (2, [1, 3]), (3, [1, 3, 4]), (4, [0, 1, 3, 4])):
+        wanted = [[2 * group, 2 * group + 1] for group in groups]
+        assert grpo.groups_with_signal(scores, 2, count).view(-1, 2).tolist() == wanted
+    assert grpo.groups_with_signal(scores, 2, 5).tolist() == list(range(10))
+    assert grpo.groups_with_signal(torch.ones(6), 2, 2).tolist() == [0, 1, 2, 3]
+    assert grpo.groups_with_signal(torch.tensor([5.0, 5, 5, 1, 1, 2]), 3, 1).tolist() == [3, 4, 5]
 
 
 def test_eq_11_is_the_gradient_of_log_pi():
@@ -550,22 +658,32 @@ def weight_of(args, row, rows):
     return 1 / args.max_new_tokens / len(rows)
 
 
+def plain_policy_loss(args, logps, row):
+    """The loss of each token of a row without the KL, and whether its clip is active."""
+    high = args.clip_eps_high or args.clip_eps
+    ratio = (logps - row.old).exp()
+    if args.loss == "cispo":
+        weight = [min(r.item(), 1 + high) for r in ratio]
+        return -torch.tensor(weight) * row.advantages * logps, ratio.detach() > 1 + high
+    if args.loss == "gspo":
+        ratio = ratio.prod() ** (1 / len(row.completion)) * torch.ones_like(ratio)
+    free = -ratio * row.advantages
+    bound = -ratio.clamp(1 - args.clip_eps, 1 + high) * row.advantages
+    return torch.where(bound > free, bound, free), bound > free
+
+
 def plain_minibatch(args, policy, rows):
     """-> loss, tokens at which the clip is active, and the sum of k3 of KL(old || new)."""
     loss = 0.0
     clipped = 0
     moved = 0.0
-    high = args.clip_eps_high or args.clip_eps
     for row in rows:
         logps = plain.token_logps(policy, row.prompt, row.completion, args.temperature)
-        ratio = (logps - row.old).exp()
-        free = -ratio * row.advantages
-        bound = -ratio.clamp(1 - args.clip_eps, 1 + high) * row.advantages
-        tokens = torch.where(bound > free, bound, free)
+        tokens, active = plain_policy_loss(args, logps, row)
         if args.beta:
             tokens = tokens + args.beta * kl_of(args.kl, logps, row.ref)
         loss = loss + tokens.sum() * weight_of(args, row, rows)
-        clipped += (bound > free).sum().item()
+        clipped += active.sum().item()
         difference = (logps - row.old).detach()
         moved += (difference.exp() - 1 - difference).sum().item()
     return loss, clipped, moved
@@ -638,6 +756,8 @@ CASES = {
     "process, no std": HARD | dict(supervision="process", scale_by_std=False, num_epochs=1),
     "one update": dict(num_epochs=1, num_minibatches=1, temperature=1.3, lr_schedule="cosine"),
     "no reference": HARD | dict(beta=0.0, num_epochs=3, clip_eps_high=0.0),
+    "gspo": HARD | dict(loss="gspo", clip_eps=0.005, clip_eps_high=0.003),
+    "cispo": HARD | dict(loss="cispo", aggregate="token", lr_schedule="linear"),
 }
 
 
@@ -741,6 +861,26 @@ def test_a_resumed_run_is_the_unbroken_one(killed, unbroken):
     assert [row["step"] for row in got.evals] == [0, 2, 4]
 
 
+def test_a_resumed_run_that_samples_more_is_the_unbroken_one(runs, tmp_path_factory):
+    """Which groups are drawn, and which are kept, hangs on the seed and the step alone."""
+    changes = SCHEDULE | dict(oversample=3, loss="gspo")
+    whole = runs(**changes)
+    killed = policy_gradient.Killed(runs, tmp_path_factory.mktemp("more"), **changes)
+    assert policy_gradient.same_run(killed.resume(), whole)
+    assert not policy_gradient.same_run(killed.resume("torch"), whole)
+
+
+def test_groups_without_any_signal_move_nothing(tmp_path, tiny):
+    """Not one of those that are sampled has one: the batch is full, no_signal 1, no gradient."""
+    path = tmp_path / "flat.py"
+    path.write_text("def f(prompts, completions, rows):\n    return [0.3] * len(prompts)")
+    changes = dict(reward=f"{path}:f", beta=0.0, num_steps=1, oversample=3)
+    for loss in grpo.LOSSES:
+        folder = str(tmp_path / loss)
+        rows, _ = run(quick_args(tmp_path, tiny, loss=loss, output_dir=folder, **changes))
+        assert rows[0]["no_signal"] == 1 and rows[0]["grad_norm"] == 0
+
+
 @pytest.mark.parametrize("part", ["policy", "optimizer", "scheduler", "torch", "random"])
 def test_every_part_of_the_checkpoint_is_needed(killed, unbroken, part):
     """With one part as it was a step before, the resumed run is another one."""
@@ -821,6 +961,64 @@ def other_than(base, got, *names):
         assert got.steps[0][name] != pytest.approx(base.steps[0][name], rel=1e-3, abs=1e-6), name
 
 
+def flag_loss(run, base, folder):
+    """Which loss: each is another one's, and a plain loop's; CISPO has no lower bound."""
+    for loss in ("gspo", "cispo"):
+        got = run(loss=loss, num_steps=1)
+        other_than(base, got, "loss", "grad_norm")
+        by_hand(got)
+    wide = run(loss="cispo", clip_eps=0.9, clip_eps_high=0.1, num_steps=1)
+    narrow = run(loss="cispo", clip_eps=0.01, clip_eps_high=0.1, num_steps=1)
+    assert narrow.untimed() == wide.untimed()
+    one = dict(num_epochs=1, num_minibatches=1, num_steps=1)
+    norms = [run(loss=loss, **one).steps[0]["grad_norm"] for loss in grpo.LOSSES]
+    assert norms[1:] == pytest.approx(norms[:1] * 2, rel=1e-4)
+    reward = base.args.reward.replace("mixed", "lines")
+    observe.refused(
+        run, "--loss gspo", "process", loss="gspo", supervision="process", reward=reward
+    )
+    by_hand(run(loss="cispo", supervision="process", reward=reward, num_steps=1))
+
+
+def flag_oversample(run, base, folder):
+    """So many times the prompts are sampled and scored, and each group that is trained on has a
+    signal, if there are enough; metrics of rewards are of all that were sampled."""
+    one = dict(num_epochs=1, num_minibatches=1, num_steps=1)
+    got = run(oversample=4, **one)
+    call = got.asked[1]
+    assert len(set(call["prompts"])) == 16 and len(call["prompts"]) == 48
+    level = {}
+    for prompt, value in zip(call["prompts"], call["values"], strict=True):
+        level.setdefault(prompt, set()).add(value)
+    loud = [prompt for prompt, values in level.items() if len(values) > 1]
+    assert 4 < len(loud) < 16
+    assert forwarded_prompts(got) == sorted(loud[:4] * 3)
+    row = got.steps[0]
+    assert row["no_signal"] == 0
+    assert row["reward"] == pytest.approx(policy_gradient.mean(call["values"]), rel=1e-5)
+    lengths = [
+        batch.completion_mask.sum().item() for batch in got.arguments("completion_logps", "batch")
+    ]
+    assert row["completion_length"] == pytest.approx(sum(lengths) / 12, rel=1e-5)
+    every = run(oversample=50, num_prompts=24, **one)
+    assert len(set(every.asked[1]["prompts"])) == 24 and every.steps[0]["no_signal"] > 0
+    once = run(oversample=1, num_steps=1)
+    assert once.steps[0]["loss"] == base.steps[0]["loss"]
+    reward = base.args.reward.replace("mixed", "lines")
+    process = dict(supervision="process", reward=reward)
+    observe.refused(run, "--oversample", "process", oversample=2, **process)
+
+
+def forwarded_prompts(seen):
+    """The prompts of all completions that went through the policy with a gradient, sorted."""
+    tokenizer = grpo.load_tokenizer(seen.args.model)
+    texts = []
+    for batch in seen.arguments("completion_logps", "batch"):
+        for prompt, _ in plain.unpadded(batch):
+            texts.append(tokenizer.decode(prompt))
+    return sorted(text.removeprefix("<bos><user>").removesuffix("<assistant>") for text in texts)
+
+
 def flag_clip_eps(run, base, folder):
     """A narrow one is active more often; it is the upper bound's too."""
     got = run(clip_eps=0.01, num_steps=1)
@@ -891,6 +1089,7 @@ FLAGS = {
     "num_steps": policy_gradient.flag_num_steps,
     "num_prompts": policy_gradient.flag_num_prompts,
     "num_generations": policy_gradient.flag_num_generations,
+    "oversample": flag_oversample,
     "max_new_tokens": policy_gradient.flag_max_new_tokens,
     "temperature": flag_temperature,
     "num_epochs": flag_num_epochs,
@@ -899,6 +1098,7 @@ FLAGS = {
     "learning_rate": observe.flag_learning_rate,
     "lr_schedule": policy_gradient.flag_lr_schedule,
     "max_grad_norm": observe.flag_max_grad_norm,
+    "loss": flag_loss,
     "clip_eps": flag_clip_eps,
     "clip_eps_high": flag_clip_eps_high,
     "beta": flag_beta,
@@ -932,6 +1132,7 @@ def test_defaults():
             show_rows=0, gradient_checkpointing=False, share_prompts=True,
             reward="verifier", reward_model="", missing_eos_penalty=None, supervision="outcome",
             step_separator=r"\n", num_steps=200, num_prompts=16, num_generations=8,
+            oversample=1, loss="grpo",
             max_new_tokens=256, temperature=1.0, num_epochs=1, num_minibatches=1,
             micro_batch_size=8, learning_rate=1e-6, lr_schedule="constant", max_grad_norm=1.0,
             clip_eps=0.2, clip_eps_high=0.0, beta=0.04, kl="k3", scale_by_std=True,

@@ -154,6 +154,38 @@ GRPO = {
         dict(loss_type="bnpo", num_iterations=2, epsilon=0.03, temperature=0.7),
     ),
 }
+# GSPO's clip is of completions; TRL's epsilon_high of CISPO is the bound itself, not less 1.
+OTHER_LOSSES = {
+    "gspo": (
+        dict(loss="gspo", num_epochs=2, clip_eps=0.002, clip_eps_high=0.003),
+        dict(
+            loss_type="grpo", importance_sampling_level="sequence", num_iterations=2, epsilon=0.002,
+            epsilon_high=0.003,
+        ),
+    ),
+    "gspo, one update": (
+        dict(loss="gspo"),
+        dict(loss_type="grpo", importance_sampling_level="sequence"),
+    ),
+    "cispo": (
+        dict(loss="cispo", aggregate="token", num_epochs=2, clip_eps_high=0.02),
+        dict(loss_type="cispo", num_iterations=2, epsilon_high=1.02),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHER_LOSSES)
+def test_gspo_and_cispo(case, ours, policy, tmp_path):
+    """As test_grpo. TRL counts clipped completions, or tokens of a positive advantage alone, where
+    ours counts tokens: only that there are some is compared."""
+    flags, words = OTHER_LOSSES[case]
+    seen = ours(grpo, **flags)
+    peer = theirs("GRPO", policy, tmp_path, sampled_steps(seen), **words)
+    assert_same(seen, peer)
+    assert any(row["kl"] != 0 for row in seen.steps[1:])
+    name = "cispo_clip_ratio" if case == "cispo" else "clip_ratio/region_mean"
+    for mine in (any(row["clip_frac"] > 0 for row in seen.steps), any(peer.logged(name))):
+        assert mine == ("one update" not in case)
 
 
 @pytest.mark.parametrize("case", GRPO)

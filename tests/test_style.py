@@ -264,8 +264,9 @@ def shared_flags():
 
 
 def test_a_shared_flag_has_one_type():
+    """But --loss, by which each script chooses among its own losses."""
     for name, of in shared_flags().items():
-        assert len({kind for kind, _ in of.values()}) == 1, (name, of)
+        assert name == "loss" or len({kind for kind, _ in of.values()}) == 1, (name, of)
 
 
 @pytest.mark.parametrize("name", ONE_MEANING)
