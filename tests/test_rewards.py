@@ -255,6 +255,15 @@ def test_an_exit_in_a_reward_is_no_end_of_the_run(tmp_path, code):
     assert message(score, ["p"], ["c"], [{}]) == f"--reward {reward} {called}"
 
 
+def test_what_a_reward_sets_in_torch_ends_with_it(tmp_path):
+    """As judges do that load a model of their own."""
+    body = "torch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\n"
+    body += "return [1.0] * len(rows)"
+    score = plumbing.load_reward(write_reward(tmp_path / "mine.py", body), None)
+    assert score(["q"], ["a"], [{}]) == [1.0]
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+
+
 @pytest.mark.parametrize("by_step", [False, True])
 def test_what_a_reward_changes_does_not_reach_the_training(tmp_path, by_step):
     body = "prompts.clear()\nrows[0]['prompt'][0]['content'] = 'x'\nrows[1].clear()\n"
