@@ -752,12 +752,8 @@ def load_model(
     lost = sorted(set(missing) - head)
     if lost:  # transformers only warns, and makes up random weights
         stop(f"{path}: no weights for {', '.join(lost[:3])} in it")
-    for name, parameter in model.named_parameters():
-        if not parameter.isfinite().all():
-            stop(f"{path}: has weights that are not finite ({name})")
     model = model.to(device).eval()
-    if is_policy:
-        _probe(model, path)
+    _check_loaded(model, path, is_policy)
     model.has_generic_head = has_generic_head
     model.has_new_head = any(key.endswith("weight") for key in head)
     model.autocast_dtype = torch.bfloat16 if _takes_bfloat16(dtype, device) else None
@@ -784,6 +780,15 @@ def _register_head(auto_class, config):
     name = backbone.__name__.removesuffix("Model") + kind
     auto_class.register(type(config), type(name, (generic, base), attributes), exist_ok=True)
     return True
+
+
+def _check_loaded(model, path, is_policy):
+    """Stop at weights of nan or inf, and at a policy whose logits would be wrong here."""
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            stop(f"{path}: has weights that are not finite ({name})")
+    if is_policy:
+        _probe(model, path)
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ tokens, whatever the white space between them, and may span lines; each of sever
 
 import argparse
 import ast
+import functools
 import os
 import re
 import shutil
@@ -64,6 +65,7 @@ def read_bugs(text):
     return bugs
 
 
+@functools.cache
 def scope_of(source, name):
     """Start and end, in characters, of the function or class of this name; of all without one."""
     if not name:

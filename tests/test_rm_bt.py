@@ -1132,7 +1132,7 @@ def test_margins_beside_rankings_are_left_out_where_it_is_asked(tmp_path, tiny):
 @pytest.mark.parametrize(
     "row, says",
     [
-        ({"prompt": "1", "chosen": "a", "rejected": "b", "margin": math.inf}, "row 2"),
+        ({"prompt": "1", "chosen": "a", "rejected": "b", "margin": math.inf}, "line 2: margin"),
         ({"prompt": "1", "completions": ["a", "b"], "ranks": [0, math.nan]}, "row 2"),
         ({"prompt": "1", "chosen": "a", "rejected": "b", "probability": 2}, "line 2: probability"),
         ({"prompt": "1", "chosen": "a", "rejected": " "}, "line 2"),

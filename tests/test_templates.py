@@ -3,14 +3,14 @@
 The templates are those that TRL ships, on a tiny byte tokenizer that knows their special tokens.
 """
 
+import importlib
 import json
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, make_tokenizer
+from conftest import make_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -311,9 +311,14 @@ def test_answers_that_repeat_the_prompt(tmp_path, capsys):
         ("reinforce_rloo", "sampled"), ("rejection_sampling", "sampled"),
     ],
 )  # fmt: skip
-def test_rows_are_shown_and_nothing_is_written(tmp_path, script, marked):
-    command = [sys.executable, f"{script}.py", "--show-rows", "1", "--output-dir", tmp_path / "run"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "<bos><user>" in done.stdout and marked in done.stdout
+def test_rows_are_shown_and_nothing_is_written(tmp_path, script, marked, monkeypatch, capsys):
+    module = importlib.import_module(script)
+    flags = ["--show-rows", "1", "--output-dir", str(tmp_path / "run"), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+    monkeypatch.setattr(plumbing, "quieten_transformers", lambda: None)
+    with pytest.raises(SystemExit) as end:
+        plumbing.run_script(module.main, module.Args, module.TOY)
+    assert not end.value.code
+    out = capsys.readouterr().out
+    assert "<bos><user>" in out and marked in out
     assert not (tmp_path / "run").exists()
