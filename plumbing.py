@@ -1253,10 +1253,10 @@ AutoModelForSequenceClassification and AutoModelForTokenClassification do not lo
 `plumbing.load_model` does; it puts transformers.modeling_layers.GenericForSequenceClassification
 (or GenericForTokenClassification) on the family's backbone.
 """
-LOGS = ("metrics.jsonl", "samples.jsonl")  # they grow from step to step
+LOGS = ("metrics.jsonl", "samples.jsonl", "chains.jsonl", "comparisons.jsonl")  # they grow by step
 RUN_FILES = (
     *LOGS, "args.json", "curves.png", "reward_histogram.png", "best_of_n.png", "checkpoint",
-    "final", "critic", "control", "pairs", "candidates",
+    "final", "critic", "control", "pairs", "candidates", "revisions.jsonl", "preferences.jsonl",
 )  # fmt: skip
 BEFORE_A_START = {"args.json", "args.json.new", "lock"}  # what a start that failed may leave
 
