@@ -8,7 +8,8 @@ Read beside the RLHF Book, draft of January 2025 (the printed edition has chapte
 and chapter 8 as chapter 15). c and w (chosen, winner) are the better completion, r and l (rejected,
 loser) the worse one:
     dpo_nll_loss  8.2: the whole formula
-    dpo_loss      8.2, 12: its first term; with a margin 8.3; cDPO (conservative) smooths labels
+    dpo_loss      8.2, 12: its first term; with a margin 8.3; cDPO (conservative) smooths labels;
+                  with a soft label 13.2.2
     nll_loss      8.2: its second term
     rpo_loss      8.3: reward-aware preference optimisation (Nemotron-4, arXiv:2406.11704), which is
                   not Iterative RPO, iterative reasoning preference optimisation
@@ -61,6 +62,7 @@ from plumbing import (
     pick_device,
     run_script,
     show_batch,
+    soft_label,
     stop,
     stop_on_error,
     with_ended,
@@ -72,8 +74,8 @@ class Args:
     model: str  # policy to train, and its first reference: a folder, or a name on the hub
     dataset: str
     """training rows, JSON Lines or owner/name:split on the hub: `prompt`, `chosen`, `rejected`, for
-    some losses `margin` or `score_chosen`, `score_rejected`; for --iterations `prompt`, and
-    `answer` for the verifier"""
+    some losses `margin`, `probability` (that the chosen one is the better one) or `score_chosen`,
+    `score_rejected`; for --iterations `prompt`, and `answer` for the verifier"""
     eval_dataset: str = ""
     """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
     eval_prompts: str = ""
@@ -161,13 +163,18 @@ def log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected):
     return (chosen - ref_chosen) - (rejected - ref_rejected)
 
 
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, margin=0.0, label_smoothing=0.0):
+def dpo_loss(
+    chosen, rejected, ref_chosen, ref_rejected, beta, margin=0.0, label_smoothing=0.0, probability=1
+):
     """-log sigmoid(beta delta - m), mean over pairs -> scalar. Book 8.2; 8.3 with margin m (N,).
 
     With label smoothing e: -(1 - e) log sigmoid(z) - e log sigmoid(-z), z = beta delta - m (cDPO).
+    With a soft label p (N,), the probability that the chosen completion is the better one, e is the
+    chance that it is not, 1 - p: book 13.2.2. With both, e is the chance that just one is wrong.
     """
     z = beta * log_ratio_difference(chosen, rejected, ref_chosen, ref_rejected) - margin
-    losses = -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
+    wrong = probability * label_smoothing + (1 - probability) * (1 - label_smoothing)
+    losses = -(1 - wrong) * F.logsigmoid(z) - wrong * F.logsigmoid(-z)
     return losses.mean()
 
 
@@ -252,7 +259,10 @@ def to_pair(row):
 
 
 def read_pairs(path, loss):
-    """File -> list of {prompt, chosen, rejected, margin, gap}. Bad rows are named, stop the run."""
+    """File -> list of {prompt, chosen, rejected, margin, gap, probability}.
+
+    Bad rows are named and stop the run.
+    """
     pairs = []
     needs_scores = loss in ("rpo", "rebel")
     columns = ["score_chosen", "score_rejected"] if needs_scores else []
@@ -268,7 +278,7 @@ def read_pairs(path, loss):
             if not math.isfinite(margin + gap):
                 raise ValueError(f"margin {margin}, difference of scores {gap}: not finite")
         pair = {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
-        pairs.append(pair | {"margin": margin, "gap": gap})
+        pairs.append(pair | {"margin": margin, "gap": gap, "probability": soft_label(row)})
     return pairs
 
 
@@ -356,16 +366,16 @@ def sample_pairs(policy, tokenizer, score, rows, args):
 
 
 def collate(pairs, tokenizer, max_length):
-    """-> Batch, each chosen completion before its rejected one; margins, gaps (N,)."""
+    """-> Batch, each chosen completion before its rejected one; labels (N, 3) for `pair_loss`:
+    margin, gap of the scores, probability that the chosen one is the better one."""
     prompts = [pair["prompt"] for pair in pairs]
     completions = [[pair["chosen"], pair["rejected"]] for pair in pairs]
     ended = []
     for pair in pairs:
         ended += pair.get("ended", [True, True])
     batch = encode(tokenizer, prompts, completions, max_length, ended)
-    margins = torch.tensor([pair["margin"] for pair in pairs])
-    gaps = torch.tensor([pair["gap"] for pair in pairs])
-    return batch, margins, gaps
+    labels = [(pair["margin"], pair["gap"], soft_label(pair)) for pair in pairs]
+    return batch, torch.tensor(labels)
 
 
 def all_logps(model, tokenizer, pairs, max_length, args):
@@ -373,7 +383,7 @@ def all_logps(model, tokenizer, pairs, max_length, args):
     rows = []
     for start in range(0, len(pairs), args.batch_size):
         part = pairs[start : start + args.batch_size]
-        batch, _, _ = collate(part, tokenizer, max_length)
+        batch, _ = collate(part, tokenizer, max_length)
         batch = batch.to(model.device)
         logps = fixed_logps(model, batch, 1.0, args.micro_batch_size, args.share_prompts)
         rows.append(sequence_logps(logps, batch.completion_mask, args.normalize_length).cpu())
@@ -399,6 +409,8 @@ def check_args(args, pairs):
                 "--margin-scale needs --loss dpo and pairs with `margin`, which sampled ones do "
                 "not have"
             )
+    if args.loss != "dpo" and any(pair["probability"] != 1 for pair in pairs):
+        stop(f"{args.dataset}: `probability` goes with --loss dpo, not with {args.loss}")
 
 
 def load_data(args, tokenizer, policy, max_length):
@@ -415,15 +427,17 @@ def load_data(args, tokenizer, policy, max_length):
     eval_name = args.eval_dataset or "held out"
     eval_pairs = keep_different(eval_pairs, tokenizer, max_length, eval_name)
     if args.show_rows:
-        batch, _, _ = collate(pairs[: args.show_rows], tokenizer, max_length)
+        batch, _ = collate(pairs[: args.show_rows], tokenizer, max_length)
         show_batch(tokenizer, batch, batch.completion_mask)
     return [], pairs, eval_pairs, eval_rows
 
 
-def pair_loss(four, args, margin, gap):
-    """The preference term that --loss names: four log-probs, margin, gap (N,) -> scalar."""
+def pair_loss(four, args, margin, gap, probability):
+    """The preference term that --loss names: four log-probs, margin, gap, probability (N,) ->
+    scalar."""
     if args.loss == "dpo":
-        return dpo_loss(*four, args.beta, margin, args.label_smoothing)
+        margin = args.margin_scale * margin
+        return dpo_loss(*four, args.beta, margin, args.label_smoothing, probability)
     if args.loss == "ipo":
         return ipo_loss(*four, args.beta)
     if args.loss == "rpo":
@@ -536,8 +550,8 @@ def main(args: Args):
             current = load_rows(run.folder / "pairs" / f"{iteration}.jsonl")
         order = shuffled(num_pairs, args, iteration)
         drawn = [current[i] for i in order[k * args.batch_size : (k + 1) * args.batch_size]]
-        batch, margins, gaps = collate(drawn, tokenizer, max_length)
-        batch, margins, gaps = batch.to(device), margins.to(device), gaps.to(device)
+        batch, labels = collate(drawn, tokenizer, max_length)
+        batch, labels = batch.to(device), labels.to(device)
         if ref:
             ref_logps = all_logps(ref, tokenizer, drawn, max_length, args).to(device)  # (N, 2)
         else:
@@ -553,8 +567,7 @@ def main(args: Args):
             mask = part.completion_mask
             mb_logps = sequence_logps(token_logps, mask, args.normalize_length).view(-1, 2)
             four = (mb_logps[:, 0], mb_logps[:, 1], ref_logps[pair, 0], ref_logps[pair, 1])
-            margin = args.margin_scale * margins[pair]
-            mb_loss = pair_loss(four, args, margin, gaps[pair])
+            mb_loss = pair_loss(four, args, *labels[pair].T)
             mb_nll = nll_loss(token_logps[::2], mask[::2])
             share = len(pair) / len(drawn)
             mb_loss = dpo_nll_loss(mb_loss, mb_nll, args.alpha) * share

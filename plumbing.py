@@ -267,6 +267,8 @@ def load_rows(path, *columns):
         with stop_on_error(f"{where}: no JSON object; it needs one per line"):
             row = {**json.loads(line)}
         _check_texts(row, where)
+        if "chosen" in str(columns):
+            _check_probability(row, where)
         for names in columns:
             _check_column(row, names, where)
         rows.append(_with_prompt_columns(row, where))
@@ -330,6 +332,22 @@ def _check_messages(messages, name, where):
             stop(f"{where}: {name} has a turn of the user without content")
         with stop_on_error(f"{where}: {name} cannot be read"):
             content_text(message.get("content"))
+
+
+def _check_probability(row, where):
+    """Stop where the soft label of a pair is not a number from 0 to 1."""
+    value = row.get("probability")
+    if value is None:
+        return
+    is_bool = isinstance(value, bool)
+    if is_bool or not isinstance(value, int | float) or not 0 <= value <= 1:
+        stop(f"{where}: probability is {str(value)[:80]!r}, not a number from 0 to 1")
+
+
+def soft_label(row):
+    """Probability that the chosen completion of a row is the better one: 1 where it has none."""
+    value = row.get("probability")
+    return 1.0 if value is None else float(value)
 
 
 def _with_prompt_columns(row, where):

@@ -5,7 +5,7 @@ Train a model to give the better of two completions of a prompt the higher score
 Read beside the RLHF Book, draft of January 2025 (the printed edition has chapter 7 as chapter 5).
 c and w (chosen, winner) are the better completion, r and l (rejected, loser) the worse one:
     bradley_terry_loss    7.1, eq. 1 to 3; eq. 4 is the same number; eq. 5 with a margin (7.4.1,
-                          8.3)
+                          8.3); 13.2.2 with a soft label, as the feedback of a model is one
     ranked_pairs          7.4.2: all comparisons that a ranking of K completions makes
     ranking_loss          7.4.2, eq. 6: their mean per prompt, then over prompts
     center_loss           keeps rewards near 0 (Eisenstein et al. 2023, arXiv:2312.09244)
@@ -47,6 +47,7 @@ from plumbing import (
     run_script,
     set_other_pad,
     show_batch,
+    soft_label,
     stop,
     stop_on_error,
 )
@@ -57,7 +58,8 @@ class Args:
     model: str  # causal model to start from: a folder, or a name on the hub
     dataset: str
     """training rows, JSON Lines or owner/name:split on the hub: `prompt`, `chosen`, `rejected` and,
-    if you have it, `margin`; or `prompt`, `completions`, `ranks` (0 is the best, equal ones tie)"""
+    if you have them, `margin` and `probability` (that the chosen one is the better one); or
+    `prompt`, `completions`, `ranks` (0 is the best, equal ones tie)"""
     eval_dataset: str = ""
     """held-out rows of the same form; if empty, --eval-size prompts are taken from --dataset"""
     show_rows: int = 0
@@ -116,12 +118,17 @@ TOY = dict(
 # --- The algorithm --------------------------------------------------------------------------------
 
 
-def bradley_terry_loss(chosen, rejected, margin=0.0):
+def bradley_terry_loss(chosen, rejected, margin=0.0, probability=1.0):
     """-log sigmoid(r_c - r_r - m), mean over pairs: rewards (N,), (N,), margin (N,) or a number.
 
     Book eq. 3 = log(1 + exp(r_r - r_c)), eq. 4; with the margin eq. 5 (Llama 2).
+    With d = r_c - r_r - m and a soft label p (N,), the probability that the chosen completion is
+    the better one: -p log sigmoid(d) - (1 - p) log sigmoid(-d), least where p = sigmoid(d). Book
+    13.2.2 (Bai et al. 2022).
     """
-    return -F.logsigmoid(chosen - rejected - margin).mean()
+    d = chosen - rejected - margin
+    losses = -probability * F.logsigmoid(d) - (1 - probability) * F.logsigmoid(-d)
+    return losses.mean()
 
 
 def ranked_pairs(ranks, prompt_of):
@@ -211,7 +218,10 @@ def to_comparison(row):
 
 
 def read_examples(path):
-    """File -> list of {prompt, completions, ranks, margin}. Bad rows are named and stop the run."""
+    """File -> list of {prompt, completions, ranks, margin, probability}.
+
+    Bad rows are named and stop the run.
+    """
     examples = []
     columns = ("chosen", "completions"), ("rejected", "ranks")
     for number, row in enumerate(load_rows(path, "prompt", *columns), 1):
@@ -225,7 +235,7 @@ def read_examples(path):
             if not all(text.strip() for text in texts):
                 raise ValueError("an empty completion")
         example = {"prompt": row["prompt"], "completions": texts, "ranks": ranks, "margin": margin}
-        examples.append(example)
+        examples.append(example | {"probability": soft_label(row)})
     return examples
 
 
@@ -272,15 +282,16 @@ def keep_comparable(examples, tokenizer, max_length, name):
 
 
 def collate(examples, tokenizer, max_length):
-    """-> Batch of all their completions, ranks (R,), margins (P,)."""
+    """-> Batch of all their completions, ranks (R,), margins and probabilities (P,)."""
     prompts = [example["prompt"] for example in examples]
     completions = [example["completions"] for example in examples]
     ranks = []
     for example in examples:
         ranks += example["ranks"]
-    margins = [example["margin"] for example in examples]
+    margins = torch.tensor([example["margin"] for example in examples])
+    probabilities = torch.tensor([example["probability"] for example in examples])
     batch = encode(tokenizer, prompts, completions, max_length)
-    return batch, torch.tensor(ranks), torch.tensor(margins)
+    return batch, torch.tensor(ranks), margins, probabilities
 
 
 @torch.no_grad()
@@ -340,6 +351,8 @@ def main(args: Args):
             f"{args.dataset}: margins go with pairs (eq. 5), but some rows rank more than two: "
             "train on these apart, or with --margin-scale 0"
         )
+    if is_ranked and any(example["probability"] != 1 for example in examples):
+        stop(f"{args.dataset}: probabilities go with pairs, but some rows rank more than two")
 
     order = []
     for epoch in range(args.num_epochs):  # each epoch in an order of its own
@@ -369,8 +382,9 @@ def main(args: Args):
         # 1. Draw the comparisons of this step
         index = order[(step - 1) * args.batch_size : step * args.batch_size]
         drawn = [examples[i] for i in index]
-        batch, ranks, margins = collate(drawn, tokenizer, max_length)
-        batch, ranks, margins = batch.to(device), ranks.to(device), margins.to(device)
+        batch, ranks, margins, probabilities = collate(drawn, tokenizer, max_length)
+        batch, ranks = batch.to(device), ranks.to(device)
+        margins, probabilities = margins.to(device), probabilities.to(device)
 
         # 2. Rewards and loss; each micro-batch weighs as much as its share of the step's prompts
         loss = 0.0
@@ -384,7 +398,8 @@ def main(args: Args):
             else:
                 better, worse = ranked_pairs(ranks[mb], part.prompt_of)
                 margin = args.margin_scale * margins[prompts]
-                mb_loss = bradley_terry_loss(scores[better], scores[worse], margin)
+                label = (margin, probabilities[prompts])
+                mb_loss = bradley_terry_loss(scores[better], scores[worse], *label)
             if args.center_coef:
                 centering = center_loss(scores, ranks[mb], part.prompt_of)
                 mb_loss = mb_loss + args.center_coef * centering

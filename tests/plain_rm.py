@@ -68,13 +68,18 @@ class Rewards:
         return sum(-x.mean() for x in logps) / len(best)
 
 
-def pairwise(scores, ranks, margin):
-    """-log sigmoid(better - worse - margin), mean over the pairs of one row."""
-    losses = [(1 + (scores[j] - scores[i] + margin).exp()).log() for i, j in pairs_of(ranks)]
+def pairwise(scores, ranks, margin, probability=1):
+    """-log sigmoid(better - worse - margin), mean over the pairs of one row; where they are the
+    right way round with this probability, the mean over both ways."""
+    losses = []
+    for i, j in pairs_of(ranks):
+        odds = (scores[i] - scores[j] - margin).exp()
+        right, wrong = odds / (1 + odds), 1 / (1 + odds)
+        losses.append(-probability * right.log() - (1 - probability) * wrong.log())
     return sum(losses) / len(losses)
 
 
-def kwise(scores, ranks, margin=0.0):
+def kwise(scores, ranks, margin=0.0, probability=1):
     """-log of the chance to draw one completion after the other in their order."""
     order = sorted(range(len(ranks)), key=lambda i: ranks[i])
     weights = [scores[i].exp() for i in order]
@@ -94,7 +99,8 @@ def step_loss(rewards, rows, args, row_loss):
         scores = rewards.scores(row)
         ranks = texts_and_ranks(row)[1]
         scale = getattr(args, "margin_scale", 0.0)
-        loss = row_loss(scores, ranks, scale * (row.get("margin") or 0.0))
+        probability = 1 if row.get("probability") is None else row["probability"]
+        loss = row_loss(scores, ranks, scale * (row.get("margin") or 0.0), probability)
         if getattr(args, "center_coef", 0.0):
             loss = loss + args.center_coef * center(scores, ranks)
         if getattr(args, "nll_coef", 0.0):

@@ -76,6 +76,23 @@ def test_dpo_by_hand():
     assert dpo_nll.dpo_loss(*HERE, 0.1, 0.0, 0.1).item() == pytest.approx(want, abs=1e-6)
 
 
+def test_dpo_with_a_soft_label_by_hand():
+    """The mean of both ways round; at beta delta = logit of the label nothing pulls."""
+    label = torch.tensor([0.7])
+    want = 0.7 * 0.598139 + 0.3 * 0.798139  # softplus(-0.2), softplus(0.2)
+    got = dpo_nll.dpo_loss(*HERE, 0.1, probability=label)
+    assert got.item() == pytest.approx(want, abs=1e-6)
+    both = dpo_nll.dpo_loss(*HERE, 0.1, 0.0, 0.1, label)  # wrong: 0.3 * 0.9 + 0.7 * 0.1 = 0.34
+    assert both.item() == pytest.approx(0.66 * 0.598139 + 0.34 * 0.798139, abs=1e-6)
+    turned = [HERE[1], HERE[0], HERE[3], HERE[2]]
+    got = dpo_nll.dpo_loss(*turned, 0.1, probability=torch.zeros(1))
+    assert got.item() == pytest.approx(0.598139, abs=1e-6)
+    chosen = torch.tensor([10 * math.log(0.7 / 0.3)], requires_grad=True)
+    zero = torch.zeros(1)
+    dpo_nll.dpo_loss(chosen, zero, zero, zero, 0.1, probability=label).backward()
+    assert chosen.grad.item() == pytest.approx(0, abs=1e-7)
+
+
 def test_dpo_gradient_is_the_closed_form():
     """-beta sigmoid(-beta delta) for the chosen log-prob, the opposite for the rejected one."""
     torch.manual_seed(0)
@@ -488,8 +505,9 @@ def pair_loss(args, delta, pair):
         q = 1 / (1 + (-z).exp())
         return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
     z = z - args.margin_scale * pair["margin"]
-    smoothing = args.label_smoothing
-    return (1 - smoothing) * (1 + (-z).exp()).log() + smoothing * (1 + z.exp()).log()
+    smoothing, label = args.label_smoothing, pair.get("probability", 1)
+    right = label * (1 - smoothing) + (1 - label) * smoothing
+    return right * (1 + (-z).exp()).log() + (1 - right) * (1 + z.exp()).log()
 
 
 def pair_logps(seen, model, pair):
@@ -601,6 +619,36 @@ def test_metrics_of_a_loss(small, name):
     """Each loss's metrics, gradient and rate in the third and the fifth, short, step."""
     changes = LOSSES[name] | dict(eval_dataset="", eval_size=0, eval_prompts="")
     is_the_plain_loop(small(**changes))
+
+
+def test_metrics_of_soft_labels(small, tmp_path):
+    """Of 0, of 1, and of what lies between, with margins and smoothing."""
+    rows = preferences(9, 1)
+    for i, row in enumerate(rows):
+        row["probability"] = i / 8
+    rows[4]["probability"] = None  # as good as none
+    changes = dict(dataset=write(tmp_path / "soft.jsonl", rows), label_smoothing=0.1)
+    seen = small(**changes, margin_scale=0.5, eval_dataset="", eval_size=0, eval_prompts="")
+    labels = [pair["probability"] for pair in seen.read("pairs/0.jsonl")]
+    assert labels == [0, 1 / 8, 2 / 8, 3 / 8, 1, 5 / 8, 6 / 8, 7 / 8, 1]
+    is_the_plain_loop(seen)
+
+
+@pytest.mark.parametrize("loss", ["ipo", "rpo", "rebel"])
+def test_soft_labels_go_with_dpo(tmp_path, loss):
+    more = {"score_chosen": 1, "score_rejected": 0, "probability": 0.6}
+    path = write(tmp_path / "r.jsonl", [row | more for row in toy_rows(4)])
+    with pytest.raises(ValueError, match="`probability` goes with --loss dpo"):
+        dpo_nll.main(tiny_args(tmp_path, dataset=path, eval_dataset=path, loss=loss))
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, math.nan, math.inf, "0.5", True, [0.5]])
+def test_a_soft_label_that_is_no_probability_is_named(tmp_path, value):
+    rows = toy_rows(4)
+    rows[2]["probability"] = value
+    path = write(tmp_path / "r.jsonl", rows)
+    with pytest.raises(ValueError, match="line 3: probability"):
+        dpo_nll.main(tiny_args(tmp_path, dataset=path))
 
 
 def test_metrics_of_every_step(base, tiny):

@@ -100,6 +100,27 @@ def test_the_margin_has_a_gradient():
     assert slopes == pytest.approx([-1 / (1 + math.e), -0.5])
 
 
+def test_a_soft_label_by_hand():
+    """The mean of both ways round; least where the model's probability is the label's."""
+    one, zero = torch.tensor([1.0]), torch.tensor([0.0])
+    got = rm_bt.bradley_terry_loss(one, zero, 0.0, torch.tensor([0.7]))
+    assert got.item() == pytest.approx(0.7 * 0.313262 + 0.3 * 1.313262, abs=1e-6)
+    got = rm_bt.bradley_terry_loss(one, zero, 1 / 3, torch.tensor([0.7]))
+    assert got.item() == pytest.approx(0.7 * 0.414370 + 0.3 * 1.081037, abs=1e-6)
+    for label in (0.7, 0.5, 0.05):
+        chosen = torch.tensor([math.log(label / (1 - label))], requires_grad=True)
+        rm_bt.bradley_terry_loss(chosen, zero, 0.0, label).backward()
+        assert chosen.grad.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_a_label_of_1_is_the_hard_one_and_of_0_the_pair_turned_round():
+    chosen, rejected = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    hard = rm_bt.bradley_terry_loss(chosen, rejected)
+    assert rm_bt.bradley_terry_loss(chosen, rejected, 0.0, torch.ones(50)) == hard
+    turned = rm_bt.bradley_terry_loss(rejected, chosen, 0.0, torch.zeros(50))
+    assert turned.item() == pytest.approx(hard.item())
+
+
 def slow_ranking_loss(scores, ranks, prompt_of):
     losses = []
     for p in sorted(set(prompt_of)):
@@ -418,6 +439,11 @@ def test_pairs_that_are_equal_or_become_so_are_dropped_and_counted(tmp_path, cap
         ({"prompt": "1", "completions": ["a", "b"], "ranks": ["best", "worst"]}, "ranks"),
         ({"prompt": "1", "completions": ["a", "b"], "ranks": [1, 1]}, "to compare"),
         ({"prompt": "1", "chosen": "a", "rejected": "b", "margin": "much"}, "row 1"),
+        ({"prompt": "1", "chosen": "a", "rejected": "b", "probability": "high"}, "line 1"),
+        ({"prompt": "1", "chosen": "a", "rejected": "b", "probability": 1.01}, "from 0 to 1"),
+        ({"prompt": "1", "chosen": "a", "rejected": "b", "probability": -0.01}, "from 0 to 1"),
+        ({"prompt": "1", "chosen": "a", "rejected": "b", "probability": math.nan}, "from 0 to 1"),
+        ({"prompt": "1", "chosen": "a", "rejected": "b", "probability": True}, "from 0 to 1"),
         ({"prompt": "1", "chosen": "a", "rejected": "a"}, "to compare"),
         ({"prompt": "1", "chosen": [PAIRS[2]["chosen"][0]] * 2, "rejected": "a"}, "earlier turns"),
     ],
@@ -433,12 +459,12 @@ def test_bad_rows_end_with_one_line(tmp_path, row, says, tiny):
 
 MIXED = [
     {"prompt": "1+2", "chosen": "3", "rejected": "12+7=19", "margin": 1.0},
-    {"prompt": "44+55", "chosen": "44+55=99", "rejected": "9", "margin": 0.3333},
+    {"prompt": "44+55", "chosen": "44+55=99", "rejected": "9", "margin": 0.3, "probability": 0.8},
     {"prompt": "7", "chosen": [{"role": "assistant", "content": "7"}], "rejected": "8"},
     {"prompt": "100+200", "completions": ["400", "300"], "ranks": [1, 0]},
     {"prompt": "5+5+5+5", "chosen": "5+5=10\n10+10=20\n20", "rejected": "5", "margin": 0.6667},
-    {"prompt": "8+0", "chosen": "8", "rejected": "80 80", "margin": None},
-    {"prompt": "6+6", "chosen": "12=12", "rejected": "66=66", "margin": 2.0},
+    {"prompt": "8+0", "chosen": "8", "rejected": "80 80", "margin": None, "probability": 0},
+    {"prompt": "6+6", "chosen": "12=12", "rejected": "66=66", "margin": 2, "probability": None},
 ]
 TIED = [
     {"prompt": "1+2", "completions": ["5", "3", "4=4+0"], "ranks": [2, 0, 1]},
@@ -1086,6 +1112,13 @@ def test_held_out_rows_without_a_comparison_are_refused(tmp_path, tiny):
     held_out_rows_need_a_comparison(rm_bt, tmp_path, tiny)
 
 
+def test_soft_labels_beside_rankings_are_refused(tmp_path, tiny):
+    """Eq. 6 has none: to read them as 1 in silence would train another loss than was asked."""
+    rows = RANKED + [{"prompt": "8", "chosen": "8", "rejected": "9", "probability": 0.9}]
+    with pytest.raises(ValueError, match="probabilities"):
+        run(tiny_args(tmp_path, rows, model=tiny))
+
+
 def test_margins_beside_rankings_are_left_out_where_it_is_asked(tmp_path, tiny):
     """With --margin-scale 0; and rankings that are held out alone do not make training one."""
     both = RANKED + PAIRS[2:] + [PAIRS[0] | {"prompt": "0"}]
@@ -1101,6 +1134,7 @@ def test_margins_beside_rankings_are_left_out_where_it_is_asked(tmp_path, tiny):
     [
         ({"prompt": "1", "chosen": "a", "rejected": "b", "margin": math.inf}, "row 2"),
         ({"prompt": "1", "completions": ["a", "b"], "ranks": [0, math.nan]}, "row 2"),
+        ({"prompt": "1", "chosen": "a", "rejected": "b", "probability": 2}, "line 2: probability"),
         ({"prompt": "1", "chosen": "a", "rejected": " "}, "line 2"),
         ({"chosen": "a", "rejected": "b"}, "prompt"),
         ({"prompt": "1", "rejected": "b"}, "chosen or completions"),
