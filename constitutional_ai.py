@@ -36,10 +36,18 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import content_text, encode, encode_prompt, fixed_logps, generate
+from common import (
+    content_text,
+    encode,
+    encode_prompt,
+    fixed_logps,
+    generate,
+    is_rendered,
+)
 from plumbing import (
     Run,
     check_prompts,
+    check_vocabulary,
     has_answers,
     last_number,
     load_model,
@@ -82,7 +90,8 @@ class Args:
     num_principles: int = 1
     """principles, at most, that each pair of answers is compared by, one at a time"""
     max_new_tokens: int = 256  # longest answer, critique or revision, in tokens
-    temperature: float = 1.0  # temperature of sampling, of all that is written
+    temperature: float = 1.0  # temperature of sampling of the policy's answers
+    feedback_temperature: float = 1.0  # temperature of sampling of critiques and revisions
     batch_size: int = 8
     """prompts per step; those of a step share their random numbers, so that another size gives
     other texts"""
@@ -97,6 +106,7 @@ TOY = dict(
     num_prompts=1000,
     num_principles=3,
     max_new_tokens=48,
+    feedback_temperature=0.5,
     batch_size=250,
 )
 
@@ -159,13 +169,13 @@ PRINCIPLES = [
     "The answer is clear and no longer than it has to be.",
 ]
 CRITIQUE_REQUEST = "Criticise your answer by this principle: {principle}"
-REVISION_REQUEST = "Rewrite your answer as the critique demands."
+REVISION_REQUEST = "Now revise your answer."
 COMPARISON_REQUEST = """{conversation}
 
-Which answer keeps this principle better? {principle}
+Which answer is better? {principle}
 (A) {first}
 (B) {second}
-Reply with (A) or (B)."""
+Reply (A) or (B)."""
 LETTERS = ["(A)", "(B)"]
 
 
@@ -255,16 +265,15 @@ def has_room(asked, prompt, num_tokens):
     return len(encode_prompt(tokenizer, prompt)) + num_tokens <= model.context
 
 
-def write(asked, prompts, args):
+def write(asked, prompts, max_new_tokens, temperature):
     """One sampled text for each prompt -> texts, None where there is no room for one; ended."""
     texts = [None] * len(prompts)
     ended = [False] * len(prompts)
-    places = [i for i, x in enumerate(prompts) if has_room(asked, x, args.max_new_tokens)]
+    places = [i for i, x in enumerate(prompts) if has_room(asked, x, max_new_tokens)]
     if not places:
         return texts, ended
     fitting = [prompts[i] for i in places]
-    sampling = (1, args.max_new_tokens, args.temperature)
-    _, written, has_ended = generate(*asked, fitting, *sampling)
+    _, written, has_ended = generate(*asked, fitting, 1, max_new_tokens, temperature)
     for i, text, done in zip(places, written, has_ended.tolist(), strict=True):
         texts[i] = text
         ended[i] = done
@@ -288,30 +297,31 @@ def letter_logps(asked, requests, batch_size):
 def start_chains(policy, rows, args):
     """The policy's answers y_0 to the rows' prompts, each the beginning of a chain."""
     prompts = [row["prompt"] for row in rows]
-    texts, ended = write(policy, prompts, args)
+    texts, ended = write(policy, prompts, args.max_new_tokens, args.temperature)
     chains = []
     for prompt, text, done in zip(prompts, texts, ended, strict=True):
-        chain = {"prompt": prompt, "completion": text, "ended": done, "answers": [text]}
-        chains.append(chain | {"principles": [], "critiques": [], "outcomes": []})
+        chain = {"prompt": prompt, "completion": text, "answers": [text]}
+        outcome = outcome_of(text, done)
+        chains.append(chain | {"outcomes": [outcome], "principles": [], "critiques": []})
     return chains
 
 
 def extend_chains(critic, chains, principles, args):
     """Add to each chain a critique of its last answer by its principle, and a revision."""
+    sampling = (args.max_new_tokens, args.feedback_temperature)
     requests = []
     for chain, principle in zip(chains, principles, strict=True):
         requests.append(critique_request(chain["prompt"], chain["completion"], principle))
-    critiques, _ = write(critic, requests, args)
+    critiques, _ = write(critic, requests, *sampling)
     requests = []
     for chain, principle, critique in zip(chains, principles, critiques, strict=True):
         texts = (chain["completion"], principle, critique or "")
         requests.append(revision_request(chain["prompt"], *texts))
-    revisions, ended = write(critic, requests, args)
+    revisions, ended = write(critic, requests, *sampling)
     for i, chain in enumerate(chains):
         outcome = outcome_of(revisions[i], ended[i])
         if outcome == "taken":
             chain["completion"] = revisions[i]
-            chain["ended"] = True
         chain["answers"].append(chain["completion"])
         chain["principles"].append(principles[i])
         chain["critiques"].append(critiques[i])
@@ -339,16 +349,20 @@ def revise(policy, critic, rows, drawn, args):
 
 
 def trainable_rows(chains):
-    """Chains -> rows for sft.py: those whose last answer came to its own end and is not empty."""
-    return [chain for chain in chains if chain["ended"] and chain["completion"].strip()]
+    """Chains -> rows for sft.py: those whose last answer is not empty and was not cut off."""
+    return [chain for chain in chains if "taken" in chain["outcomes"]]
 
 
 def chain_metrics(chains, rows):
     """Shares of a step's answers -> {name: share}; accuracy where all rows have an `answer`."""
     changed = [chain["answers"][-1] != chain["answers"][0] for chain in chains]
-    taken = [chain["outcomes"].count("taken") for chain in chains]
-    num_revisions = len(chains) * len(chains[0]["outcomes"])
-    metrics = {"changed": sum(changed) / len(changed), "taken": sum(taken) / num_revisions}
+    ended = [chain["outcomes"][0] != "cut off" for chain in chains]
+    taken = [chain["outcomes"][1:].count("taken") for chain in chains]
+    metrics = {
+        "changed": sum(changed) / len(chains),
+        "ended": sum(ended) / len(chains),
+        "taken": sum(taken) / len(chains) / len(chains[0]["principles"]),
+    }
     if has_answers(rows):
         metrics["accuracy_first"] = share_right(chains, rows, 0)
         metrics["accuracy_revised"] = share_right(chains, rows, -1)
@@ -419,6 +433,15 @@ def sample_pairs(policy, rows, args):
     return pairs, ended.view(-1, 2).tolist()
 
 
+def outcome_of_pair(first, second, ended):
+    """Two answers, and whether each came to its end -> "compared", or why they cannot be."""
+    if not first.strip() or not second.strip():
+        return "empty"
+    if not all(ended):
+        return "cut off"
+    return "equal" if first == second else "compared"
+
+
 def compare(critic, rows, pairs, ended, drawn, args):
     """Pairs of answers -> a dict for each row: the pair, its principles and its soft label.
 
@@ -432,16 +455,10 @@ def compare(critic, rows, pairs, ended, drawn, args):
         for principle in principles:
             of_pair.append(comparison_request(row["prompt"], principle, first, second))
             of_pair.append(comparison_request(row["prompt"], principle, second, first))
-        outcome = "compared"
-        if not first.strip() or not second.strip():
-            outcome = "empty"
-        elif not all(done):
-            outcome = "cut off"
-        elif first == second:
-            outcome = "equal"
-        elif not all(has_room(critic, request, len(LETTERS[0])) for request in of_pair):
+        outcome = outcome_of_pair(first, second, done)
+        if not all(has_room(critic, request, len(LETTERS[0])) for request in of_pair):
             outcome = "no room"
-        else:
+        if outcome == "compared":
             requests += of_pair
         entry = {"prompt": row["prompt"], "answers": [first, second], "principles": principles}
         compared.append(entry | {"outcome": outcome})
@@ -473,9 +490,10 @@ def preference_rows(compared):
 
 
 def comparison_metrics(compared, rows):
-    """-> {name: number} of the pairs that were compared; {} where there is none.
+    """-> {name: number} of the pairs that were compared.
 
-    accuracy: of pairs with one right answer, the share in which it has the higher label.
+    confidence: mean probability of the answer that is preferred. accuracy: of pairs with one right
+    answer, the share in which that one is preferred; ties count half.
     """
     labels = []
     logps = []
@@ -488,7 +506,8 @@ def comparison_metrics(compared, rows):
         if has_answers([row]):
             first, second = [is_right(text, row) for text in entry["answers"]]
             if first != second:
-                agrees.append((entry["probability"] > 0.5) == first)
+                p_right = entry["probability"] if first else 1 - entry["probability"]
+                agrees.append((p_right > 0.5) + (p_right == 0.5) / 2)
     metrics = {"compared": len(labels) / len(rows)}
     if labels:
         labels = torch.tensor(labels)
@@ -543,59 +562,19 @@ def load_asked(path, device, dtype):
     return load_model(AutoModelForCausalLM, path, device, dtype), load_tokenizer(path)
 
 
-def main(args: Args):
-    run = Run(args)
-    device = pick_device(args.device)
-    principles = load_constitution(args.constitution)
-    all_rows = load_rows(args.dataset, "prompt")
-    brings_pairs = args.stage == "compare" and check_pairs(all_rows, args.dataset)
-    if args.stage == "compare" and not brings_pairs and not args.temperature:
-        stop("--temperature 0: both answers of a prompt would be the same")
-    policy = load_asked(args.model, device, args.dtype)
-    critic = policy
-    if args.feedback_model:
-        critic = load_asked(args.feedback_model, device, args.dtype)
-    if args.stage == "revise" and not critic[1].chat_template:
-        stop(
-            f"{args.feedback_model or args.model}: its tokenizer has no chat template: a critique "
-            "is a turn of a conversation"
-        )
-    if not brings_pairs:
-        check_prompts(policy[1], policy[0], all_rows, args.max_new_tokens)
-    num_rows = min(args.num_prompts, len(all_rows))
-    places = random.Random(args.seed).sample(range(len(all_rows)), num_rows)
-    rows = [all_rows[place] for place in places]
-    num_steps = math.ceil(num_rows / args.batch_size)
-    run.begin({}, num_steps)
-    run.describe(policy[0], num_rows, 0, f"{args.batch_size} prompts")
-    for step in run.steps():
-        # What is drawn for a row depends on the seed and the row, not on what was done before
-        start = (step - 1) * args.batch_size
-        part = rows[start : start + args.batch_size]
-        keys = [f"{args.seed} {place}" for place in places[start : start + args.batch_size]]
-        torch.manual_seed(random.Random(f"{args.seed} {step}").getrandbits(32))
-        if args.stage == "revise":
-            drawn = [draw_for_revisions(principles, args.num_revisions, key) for key in keys]
-            chains = revise(policy, critic, part, drawn, args)
-            run.append("chains.jsonl", chains)
-            run.log(chain_metrics(chains, part), "changed", "accuracy_first", "accuracy_revised")
-            continue
-        drawn = [draw_for_comparison(principles, args.num_principles, key) for key in keys]
-        if brings_pairs:
-            pairs = [row["completions"] for row in part]
-            ended = [[True, True]] * len(pairs)
-        else:
-            pairs, ended = sample_pairs(policy, part, args)
-        compared = compare(critic, part, pairs, ended, drawn, args)
-        run.append("comparisons.jsonl", compared)
-        shown = ("confidence", "first_place", "contradictions", "accuracy")
-        run.log(comparison_metrics(compared, part), *shown)
-
-    if args.stage == "revise":
-        report_chains(run, rows, principles)
-    else:
-        report_comparisons(run, rows, principles)
-    run.finish(None, {})
+def check_critic(critic, rows, args):
+    """Stop where the feedback model cannot be asked about these prompts."""
+    model, tokenizer = critic
+    name = args.feedback_model or args.model
+    check_vocabulary(tokenizer, model, rows)
+    if args.stage == "revise" and not tokenizer.chat_template:
+        stop(f"{name}: its tokenizer has no chat template, and a critique is a turn of a chat")
+    for row in rows:
+        if is_rendered(tokenizer, row["prompt"]):
+            stop(
+                f"{args.dataset}: a prompt holds the turns of the chat template of {name} already; "
+                f"a critique needs the messages: {str(row['prompt'])[:80]!r}"
+            )
 
 
 def report_chains(run, rows, principles):
@@ -605,7 +584,7 @@ def report_chains(run, rows, principles):
     run.write_rows("revisions.jsonl", trainable)
     outcomes = []
     for chain in chains:
-        outcomes += chain["outcomes"]
+        outcomes += chain["outcomes"][1:]
     print(f"{len(outcomes)} revisions: {outcome_line(outcomes)}")
     print(*revision_table(chains, rows), "", *principle_table(chains, rows, principles), sep="\n")
     print(f"{len(trainable)} of {len(chains)} rows for sft.py: {run.folder / 'revisions.jsonl'}")
@@ -619,6 +598,57 @@ def report_comparisons(run, rows, principles):
     print(f"{len(compared)} pairs: {outcome_line([entry['outcome'] for entry in compared])}")
     print(*comparison_table(compared, rows, principles), sep="\n")
     print(f"{len(preferences)} rows for rm_bt.py: {run.folder / 'preferences.jsonl'}")
+
+
+def main(args: Args):
+    run = Run(args)
+    device = pick_device(args.device)
+    principles = load_constitution(args.constitution)
+    all_rows = load_rows(args.dataset, "prompt")
+    brings_pairs = args.stage == "compare" and check_pairs(all_rows, args.dataset)
+    if args.stage == "compare" and not brings_pairs and not args.temperature:
+        stop("--temperature 0: both answers of a prompt would be the same")
+    policy = load_asked(args.model, device, args.dtype)
+    critic = policy
+    if args.feedback_model:
+        critic = load_asked(args.feedback_model, device, args.dtype)
+    if not brings_pairs:
+        check_prompts(policy[1], policy[0], all_rows, args.max_new_tokens)
+    check_critic(critic, all_rows, args)
+    num_rows = min(args.num_prompts, len(all_rows))
+    places = random.Random(args.seed).sample(range(len(all_rows)), num_rows)
+    rows = [all_rows[place] for place in places]
+    num_steps = math.ceil(num_rows / args.batch_size)
+    run.begin({}, num_steps)
+    print(f"{num_rows} prompts, {len(principles)} principles; {num_steps} steps")
+    for step in run.steps():
+        # Principles depend on the seed and the row, sampled texts on the seed and the step: a run
+        # that was stopped and resumed draws what the unbroken one would have drawn
+        start = (step - 1) * args.batch_size
+        part = rows[start : start + args.batch_size]
+        keys = [f"{args.seed} {place}" for place in places[start : start + args.batch_size]]
+        torch.manual_seed(random.Random(f"{args.seed} {step}").getrandbits(32))
+        if args.stage == "revise":
+            drawn = [draw_for_revisions(principles, args.num_revisions, key) for key in keys]
+            chains = revise(policy, critic, part, drawn, args)
+            run.append("chains.jsonl", chains)
+            run.log(chain_metrics(chains, part))
+            continue
+        drawn = [draw_for_comparison(principles, args.num_principles, key) for key in keys]
+        if brings_pairs:
+            pairs = [row["completions"] for row in part]
+            ended = [[True, True]] * len(pairs)
+        else:
+            pairs, ended = sample_pairs(policy, part, args)
+        compared = compare(critic, part, pairs, ended, drawn, args)
+        run.append("comparisons.jsonl", compared)
+        run.log(comparison_metrics(compared, part))
+
+    if args.stage == "revise":
+        report_chains(run, rows, principles)
+    else:
+        report_comparisons(run, rows, principles)
+    run.finish(None, {})
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ RANGES = {
     "lam": (0, 1),
     "moving_decay": (0, 1),
     "temperature": (0, 100),
+    "feedback_temperature": (0, 100),
     "eta": (1e-9, math.inf),
     "kl_horizon": (1, math.inf),
     "rounds": (1, math.inf),
@@ -175,7 +176,7 @@ def check_flags(args):
             stop(f"{flag}: must be at least {least}")
         if value > most:
             stop(f"{flag}: must be at most {most}")
-        if name == "temperature" and 0 < value < 0.01:
+        if name.endswith("temperature") and 0 < value < 0.01:
             stop(f"{flag}: must be at least 0.01, or 0 for the likeliest tokens")
 
 

@@ -129,7 +129,7 @@ def make_data(seed=SEED):
     """{file name: rows} of all that needs no model."""
     rng, taken = random.Random(seed), set()
     return {
-        "sft_train.jsonl": demonstrations(rng, problems(rng, 12000, taken)),
+        "sft_train.jsonl": demonstrations(rng, problems(rng, 6000, taken)),
         "sft_test.jsonl": demonstrations(rng, problems(rng, 300, taken)),
         "problems_train.jsonl": with_answers(problems(rng, 4000, taken)),
         "problems_test.jsonl": with_answers(problems(rng, 500, taken)),
@@ -237,15 +237,17 @@ def write(name, rows):
 
 
 # --- Demonstrations for the critic of constitutional_ai.py ----------------------------------------
-# A critic looks for faults of one kind, that of the principle. Critics overlook 15 in 100 faults,
-# object to 2 in 100 answers without one, and prefer the worse of two answers 10 times in 100.
+# A critic reads an answer line by line for faults of one kind, that of the principle: a line that
+# keeps it gets a full stop, the first that breaks it a question mark, and is written anew:
+#     7+6+0=13.8+4+1=13.5+0+0=05?5+0+1=06
+# Critics overlook 15 in 100 faults, object to 1 in 200 good lines, and prefer the worse of two
+# answers 10 times in 100.
 
 PRINCIPLES = {  # principle: the kind of fault that breaks it
     "Carry every ten.": "carry",
     "Add each column right.": "sum",
     "Read the answer off the sums.": "answer",
 }
-NO_FAULT = "All good."
 
 
 def faulty(rng, prompt):
@@ -271,40 +273,44 @@ def faulty(rng, prompt):
     return "\n".join([*lines, answer])
 
 
-def first_fault(prompt, completion, kind):
-    """The first fault of a kind -> (place of its line, the line mended), or None.
+def mended_lines(completion, kind):
+    """For each line of an answer: how it should be if it has a fault of this kind, else None.
 
-    A step is judged by the line before it, and its sum by its own digits.
+    A step is judged by the line before it, its sum by its own digits, the answer by all lines.
     """
     *lines, answer = completion.split("\n")
-    totals = []
+    mended, totals = [], []
     for i, line in enumerate(lines):
         x, y, carry, total = map(int, re.split(r"[+=]", line))
         right = int(i > 0 and totals[-1] >= 10)
+        better = line
         if kind == "carry" and carry != right:
-            return i, step_text(x, y, right, x + y + right)
+            better = step_text(x, y, right, x + y + right)
         if kind == "sum" and total != x + y + carry:
-            return i, step_text(x, y, carry, x + y + carry)
+            better = step_text(x, y, carry, x + y + carry)
+        mended.append(None if better == line else better)
         totals.append(total)
-    if kind == "answer" and answer != answer_text(totals):
-        return len(lines), answer_text(totals)
-    return None
+    has_fault = kind == "answer" and answer != answer_text(totals)
+    return [*mended, answer_text(totals) if has_fault else None]
 
 
-def critique(rng, prompt, completion, kind):
+def has_fault(completion, kind):
+    return any(mended_lines(completion, kind))
+
+
+def critique(rng, completion, kind):
     """What a critic says of an answer -> (text, place of the line to mend or None, mended line)."""
+    said = ""
     lines = completion.split("\n")
-    found = first_fault(prompt, completion, kind)
-    if found and rng.random() < 0.15:
-        found = None
-    elif not found and rng.random() < 0.02:
-        place = rng.randrange(len(lines) - 1)
-        digits = [int(x) for x in re.split(r"[+=]", lines[place])]
-        found = place, step_text(*digits[:3], max(0, digits[3] + rng.choice([-1, 1])))
-    if not found:
-        return NO_FAULT, None, ""
-    place, mended = found
-    return f"{lines[place]} should be {mended}", place, mended
+    for place, (line, mended) in enumerate(zip(lines, mended_lines(completion, kind), strict=True)):
+        if mended and rng.random() < 0.15:
+            mended = None
+        elif not mended and rng.random() < 0.005:
+            mended = line[:-1] + str(rng.randrange(10))
+        if mended:
+            return f"{said}{line}?{mended}", place, mended
+        said += line + "."
+    return said, None, ""
 
 
 def revision(rng, prompt, completion, place, mended):
@@ -326,26 +332,23 @@ def revision(rng, prompt, completion, place, mended):
     return "\n".join([*lines, answer_text(totals)])
 
 
-def comparison(rng, prompt, first, second, kind):
-    """Which of two answers keeps the principle, and what is wrong in the other one -> text."""
-    faults = [first_fault(prompt, text, kind) for text in (first, second)]
-    if bool(faults[0]) == bool(faults[1]):
-        return rng.choice(["(A)", "(B)"])
+def comparison(rng, answers, kind):
+    """Which of two answers a critic finds better -> "(A)" or "(B)"; either, if they are alike."""
+    broken = [has_fault(text, kind) for text in answers]
     letters = ["(A)", "(B)"]
-    worse = 0 if faults[0] else 1
+    if broken[0] == broken[1]:
+        return rng.choice(letters)
+    better = broken.index(False)
     if rng.random() < 0.1:
-        return letters[worse]
-    place, mended = faults[worse]
-    wrong = (first, second)[worse].split("\n")[place]
-    return f"{letters[1 - worse]} as {wrong} should be {mended}"
+        better = 1 - better
+    return letters[better]
 
 
-def principle_for(rng, prompt, answers):
+def principle_for(rng, answers):
     """A principle, nine times in ten one that exactly one answer breaks, if there is one."""
     telling = []
     for principle, kind in PRINCIPLES.items():
-        broken = [first_fault(prompt, text, kind) is not None for text in answers]
-        if sum(broken) == 1:
+        if sum(has_fault(text, kind) for text in answers) == 1:
             telling.append(principle)
     if telling and rng.random() < 0.9:
         return rng.choice(telling)
@@ -360,12 +363,12 @@ def critic_row(rng, prompt, task):
     answers = [faulty(rng, prompt)]
     if task == "comparison":
         answers.append(faulty(rng, prompt))
-    principle = principle_for(rng, prompt, answers)
+    principle = principle_for(rng, answers)
     kind = PRINCIPLES[principle]
     if task == "comparison":
         request = comparison_request(prompt, principle, *answers)
-        return {"prompt": request, "completion": comparison(rng, prompt, *answers, kind)}
-    said, place, mended = critique(rng, prompt, *answers, kind)
+        return {"prompt": request, "completion": comparison(rng, answers, kind)}
+    said, place, mended = critique(rng, *answers, kind)
     if task == "critique":
         request = critique_request(prompt, *answers, principle)
         return {"prompt": request, "completion": said}
@@ -374,8 +377,8 @@ def critic_row(rng, prompt, task):
 
 
 def critic_rows(rng, prompts):
-    """SFT rows: of each problem two critiques, a revision and three comparisons."""
-    tasks = ["critique"] * 2 + ["revision"] + ["comparison"] * 3
+    """SFT rows: of each problem two critiques, two revisions and two comparisons."""
+    tasks = ["critique", "revision", "comparison"] * 2
     return [critic_row(rng, prompt, task) for prompt in prompts for task in tasks]
 
 
@@ -386,7 +389,7 @@ def make_critic_data(seed=SEED):
         taken |= set(prompts)
     rng = random.Random(f"{seed} critic")
     return {
-        "critic_train.jsonl": critic_rows(rng, problems(rng, 8000, taken)),
+        "critic_train.jsonl": critic_rows(rng, problems(rng, 6000, taken)),
         "critic_test.jsonl": critic_rows(rng, problems(rng, 50, taken)),
     }
 
