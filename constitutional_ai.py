@@ -80,7 +80,7 @@ class Args:
     resume: bool = False
     """continue from --output-dir, with the same flags; nothing is written again"""
     overwrite: bool = False  # replace the run in --output-dir
-    seed: int = 0  # seed for the choice of prompts, for principles and for sampling
+    seed: int = 0  # seed for shuffling and sampling
     device: str = "auto"  # torch device; auto: cuda if there is one, else mps, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """dtype of the forward pass, while weights are float32; auto: bfloat16 if cuda supports it"""
@@ -479,13 +479,13 @@ def preference_rows(compared):
     for entry in compared:
         if entry["outcome"] != "compared":
             continue
-        first, second = entry["answers"]
+        chosen, rejected = entry["answers"]
         p = entry["probability"]
         if p < 0.5:
-            first, second = second, first
+            rejected, chosen = entry["answers"]
             p = 1 - p
-        row = {"prompt": entry["prompt"], "chosen": first, "rejected": second, "probability": p}
-        rows.append(row)
+        row = {"prompt": entry["prompt"], "chosen": chosen, "rejected": rejected}
+        rows.append(row | {"probability": p})
     return rows
 
 

@@ -32,8 +32,9 @@ CRITIC = "--feedback-model toy/critic --constitution toy/constitution.txt --max-
 SFT = "--learning-rate 5e-4 --lr-schedule cosine --micro-batch-size 32 --max-new-tokens 48"
 RM = "--learning-rate 1e-3 --num-epochs 3 --batch-size 32 --micro-batch-size 64"
 GRPO = (
-    "--num-prompts 32 --num-generations 8 --max-new-tokens 48 --micro-batch-size 256 --num-steps 24 "
-    "--learning-rate 5e-5 --beta 0.1 --lr-schedule linear --eval-size 500 --eval-every 24"
+    "--num-prompts 32 --num-generations 8 --num-steps 24 --max-new-tokens 48 "
+    "--micro-batch-size 256 --learning-rate 5e-5 --beta 0.1 --lr-schedule linear "
+    "--eval-size 500 --eval-every 24"
 )
 STAGES = {  # folder: command; {} is the folder of the loop
     "revise": "constitutional_ai.py",

@@ -604,3 +604,29 @@ def test_the_toys_constitution_and_critic():
     assert all(model.config.to_dict()[name] == want[name] for name in names)
     files = sum(path.stat().st_size for path in (ROOT / "toy/critic").iterdir())
     assert files < 2_100_000
+
+
+def toy_args(tmp_path, **changes):
+    values = dict(cai.TOY, output_dir=str(tmp_path / "run"), device="cpu", num_prompts=100)
+    for name in ("model", "dataset", "feedback_model", "constitution"):
+        values[name] = str(ROOT / values[name])
+    return cai.Args(**values | dict(batch_size=100) | changes)
+
+
+@pytest.mark.parametrize("critic", ["critic", "model"])
+def test_the_critic_mends_the_toys_answers(tmp_path, critic):
+    """And a model that never learned to criticise does not."""
+    model = str(ROOT / "toy" / critic)
+    cai.main(toy_args(tmp_path, feedback_model=model, num_revisions=3))
+    [row] = [row for row in read(tmp_path / "run/metrics.jsonl") if "accuracy_first" in row]
+    gain = row["accuracy_revised"] - row["accuracy_first"]
+    assert 0.35 < row["accuracy_first"] < 0.7
+    assert gain > 0.15 if critic == "critic" else gain < 0.05
+
+
+def test_the_critic_prefers_right_answers(tmp_path):
+    cai.main(toy_args(tmp_path, stage="compare"))
+    [row] = read(tmp_path / "run/metrics.jsonl")
+    assert row["accuracy"] > 0.7 and 0.4 < row["first_place"] < 0.6
+    for row in read(tmp_path / "run/preferences.jsonl"):
+        assert row["chosen"] != row["rejected"] and row["probability"] >= 0.5
