@@ -4,7 +4,8 @@
 
 The critic revises the policy's answers; the policy is fine-tuned on the revisions; the critic
 compares two answers of each prompt; a reward model learns its soft labels; GRPO trains the policy
-on that reward model. The verifier only measures. A stage that is done is not run again.
+on that reward model. The verifier only measures. A stage that is done is not run again. So far
+only the first two stages have been measured: see docs/toy.md.
 """
 
 import subprocess

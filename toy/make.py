@@ -18,8 +18,8 @@ The critic of constitutional_ai.py learned from critics who make mistakes, too (
 
     python toy/make.py --critic      # toy/critic with random weights, demonstrations in runs/
     python sft.py --model toy/critic --from-scratch --dataset runs/critic_train.jsonl \\
-        --eval-dataset runs/critic_test.jsonl --num-epochs 1 --learning-rate 2e-3 \\
-        --lr-schedule cosine --warmup-ratio 0.05 --micro-batch-size 32 --output-dir runs/toy-critic
+        --eval-dataset runs/critic_test.jsonl --num-epochs 1 --batch-size 16 --micro-batch-size 8 \\
+        --learning-rate 2e-3 --lr-schedule cosine --max-new-tokens 48 --output-dir runs/toy-critic
     cp runs/toy-critic/final/* toy/critic/
 """
 
