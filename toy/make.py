@@ -129,7 +129,7 @@ def make_data(seed=SEED):
     """{file name: rows} of all that needs no model."""
     rng, taken = random.Random(seed), set()
     return {
-        "sft_train.jsonl": demonstrations(rng, problems(rng, 6000, taken)),
+        "sft_train.jsonl": demonstrations(rng, problems(rng, 12000, taken)),
         "sft_test.jsonl": demonstrations(rng, problems(rng, 300, taken)),
         "problems_train.jsonl": with_answers(problems(rng, 4000, taken)),
         "problems_test.jsonl": with_answers(problems(rng, 500, taken)),
