@@ -322,6 +322,9 @@ def test_a_tie_counts_half():
     for answer in ("1", "2"):
         found = cai.comparison_metrics([entry | {"letter_logps": logps}], [{"answer": answer}])
         assert found["accuracy"] == 0.5
+    for answers in (["1", "1.0"], ["2", "3"]):  # both right, both wrong: nothing to agree with
+        alike = entry | {"letter_logps": logps, "answers": answers}
+        assert "accuracy" not in cai.comparison_metrics([alike], [{"answer": "1"}])
 
 
 # --- Whole runs -----------------------------------------------------------------------------------
@@ -447,8 +450,10 @@ def test_what_the_draws_depend_on(tiny, tmp_path):
     assert any(seed[x]["principles"] != base[x]["principles"] for x in base)
     assert any(seed[x]["answers"] != base[x]["answers"] for x in base)
     assert len({tuple(chain["principles"]) for chain in base.values()}) > 3
-    firsts = [chain["answers"][0] for chain in base.values()]
-    assert len(set(firsts)) == 7  # no step begins with the random numbers of another
+    same = write(tmp_path / "same.jsonl", [{"prompt": "1+1"}] * 6)
+    cai.main(some_args(tmp_path, tiny, dataset=same, output_dir=str(tmp_path / "same")))
+    firsts = [chain["answers"][0] for chain in read(tmp_path / "same/chains.jsonl")]
+    assert len(set(firsts)) == 6  # no step begins with the random numbers of another
 
 
 def test_flags_by_what_they_change(tiny, tmp_path):
@@ -536,6 +541,8 @@ def test_faults_by_hand():
     assert make.mended_lines(RIGHT, "answer") == none
     assert make.mended_lines(FORGOT, "carry") == [None, None, "5+0+1=06", None]
     assert make.mended_lines(FORGOT, "sum") == none and make.mended_lines(FORGOT, "answer") == none
+    once = "9+9+0=18\n1+1+1=03\n5+0+0=05\n538"
+    assert make.mended_lines(once, "carry") == none
     slip = "7+6+0=12\n8+4+0=12\n5+0+1=06\n623"
     assert make.mended_lines(slip, "sum") == ["7+6+0=13", None, None, None]
     assert make.mended_lines(slip, "carry") == [None, "8+4+1=13", None, None]
