@@ -149,6 +149,7 @@ RANGES = {
     "moving_decay": (0, 1),
     "temperature": (0, 100),
     "judge_temperature": (0, 100),
+    "feedback_temperature": (0, 100),
     "eta": (1e-9, math.inf),
     "kl_horizon": (1, math.inf),
     "rounds": (1, math.inf),
@@ -1317,11 +1318,13 @@ AutoModelForSequenceClassification and AutoModelForTokenClassification do not lo
 `plumbing.load_model` does; it puts transformers.modeling_layers.GenericForSequenceClassification
 (or GenericForTokenClassification) on the family's backbone.
 """
-LOGS = ("metrics.jsonl", "samples.jsonl", "judgements.jsonl")  # they grow from step to step
+LOGS = (  # they grow from step to step
+    "metrics.jsonl", "samples.jsonl", "judgements.jsonl", "chains.jsonl", "comparisons.jsonl",
+)  # fmt: skip
 RUN_FILES = (
     *LOGS, "args.json", "curves.png", "reward_histogram.png", "best_of_n.png", "checkpoint",
     "final", "critic", "control", "pairs", "candidates", "answers.jsonl", "preferences.jsonl",
-    "results.jsonl", "sft.jsonl",
+    "results.jsonl", "sft.jsonl", "revisions.jsonl",
 )  # fmt: skip
 BEFORE_A_START = {"args.json", "args.json.new", "lock"}  # what a start that failed may leave
 

@@ -22,11 +22,20 @@ toy/judge learned from the pairs of these raters, in both orders, with toy/judge
         --num-epochs 5 --learning-rate 1e-3 --lr-schedule cosine --warmup-ratio 0.05 \
         --micro-batch-size 32 --output-dir runs/toy-judge
     cp runs/toy-judge/final/* toy/judge/
+
+The critic of constitutional_ai.py learned from critics who make mistakes, too (see below):
+
+    python toy/make.py --critic      # toy/critic with random weights, demonstrations in runs/
+    python sft.py --model toy/critic --from-scratch --dataset runs/critic_train.jsonl \\
+        --eval-dataset runs/critic_test.jsonl --num-epochs 1 --batch-size 16 --micro-batch-size 8 \\
+        --learning-rate 2e-3 --lr-schedule cosine --max-new-tokens 48 --output-dir runs/toy-critic
+    cp runs/toy-critic/final/* toy/critic/
 """
 
 import itertools
 import json
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -231,7 +240,167 @@ def load_policy():
 
 
 def write(name, rows):
-    (TOY / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = TOY / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# --- Demonstrations for the critic of constitutional_ai.py ----------------------------------------
+# A critic reads an answer line by line for faults of one kind, that of the principle: a line that
+# keeps it gets a full stop, the first that breaks it a question mark, and is written anew:
+#     7+6+0=13.8+4+1=13.5+0+0=05?5+0+1=06
+# Critics overlook 15 in 100 faults, object to 1 in 200 good lines, and prefer the worse of two
+# answers 10 times in 100.
+
+PRINCIPLES = {  # principle: the kind of fault that breaks it
+    "Carry every ten.": "carry",
+    "Add each column right.": "sum",
+    "Read the answer off the sums.": "answer",
+}
+
+
+def faulty(rng, prompt):
+    """A solution, mostly with faults of one kind; all that comes after a fault follows from it."""
+    kind = rng.choice(["carry", "carry", "carry", "sum", "sum", "answer", "none"])
+    pairs = columns(prompt)
+    forgets_from = rng.choice([1, 2, 2, 3]) if kind == "carry" else len(pairs)
+    slips_at = rng.randrange(len(pairs)) if kind == "sum" else len(pairs)
+    totals, lines, carry = [], [], 0
+    for i, (x, y) in enumerate(pairs):
+        if i >= forgets_from:
+            carry = 0
+        total = x + y + carry
+        if i == slips_at:
+            total = max(0, total + rng.choice([-10, -2, -1, 1, 2, 10]))
+        lines.append(step_text(x, y, carry, total))
+        totals.append(total)
+        carry = int(total >= 10)
+    answer = answer_text(totals)
+    if kind == "answer":
+        place = rng.randrange(len(answer))
+        answer = answer[:place] + str(rng.randrange(10)) + answer[place + 1 :]
+    return "\n".join([*lines, answer])
+
+
+def mended_lines(completion, kind):
+    """For each line of an answer: how it should be if it has a fault of this kind, else None.
+
+    A step is judged by the line before it, its sum by its own digits, the answer by all lines.
+    """
+    *lines, answer = completion.split("\n")
+    mended, totals = [], []
+    for i, line in enumerate(lines):
+        x, y, carry, total = map(int, re.split(r"[+=]", line))
+        right = int(i > 0 and totals[-1] >= 10)
+        better = line
+        if kind == "carry" and carry != right:
+            better = step_text(x, y, right, x + y + right)
+        if kind == "sum" and total != x + y + carry:
+            better = step_text(x, y, carry, x + y + carry)
+        mended.append(None if better == line else better)
+        totals.append(total)
+    has_fault = kind == "answer" and answer != answer_text(totals)
+    return [*mended, answer_text(totals) if has_fault else None]
+
+
+def has_fault(completion, kind):
+    return any(mended_lines(completion, kind))
+
+
+def critique(rng, completion, kind):
+    """What a critic says of an answer -> (text, place of the line to mend or None, mended line)."""
+    said = ""
+    lines = completion.split("\n")
+    for place, (line, mended) in enumerate(zip(lines, mended_lines(completion, kind), strict=True)):
+        if mended and rng.random() < 0.15:
+            mended = None
+        elif not mended and rng.random() < 0.005:
+            mended = line[:-1] + str(rng.randrange(10))
+        if mended:
+            return f"{said}{line}?{mended}", place, mended
+        said += line + "."
+    return said, None, ""
+
+
+def revision(rng, prompt, completion, place, mended):
+    """The answer with a line mended, and all lines after it written anew; 1 in 100 steps slips."""
+    if place is None:
+        return completion
+    pairs = columns(prompt)
+    if place == len(pairs):
+        return "\n".join([*completion.split("\n")[:-1], mended])
+    lines = [*completion.split("\n")[:place], mended]
+    totals = [int(line.rpartition("=")[2]) for line in lines]
+    for x, y in pairs[place + 1 :]:
+        carry = int(totals[-1] >= 10)
+        total = x + y + carry
+        if rng.random() < 0.01:
+            total = max(0, total + rng.choice([-1, 1]))
+        lines.append(step_text(x, y, carry, total))
+        totals.append(total)
+    return "\n".join([*lines, answer_text(totals)])
+
+
+def comparison(rng, answers, kind):
+    """Which of two answers a critic finds better -> "(A)" or "(B)"; either, if they are alike."""
+    broken = [has_fault(text, kind) for text in answers]
+    letters = ["(A)", "(B)"]
+    if broken[0] == broken[1]:
+        return rng.choice(letters)
+    better = broken.index(False)
+    if rng.random() < 0.1:
+        better = 1 - better
+    return letters[better]
+
+
+def principle_for(rng, answers):
+    """A principle, nine times in ten one that exactly one answer breaks, if there is one."""
+    telling = []
+    for principle, kind in PRINCIPLES.items():
+        if sum(has_fault(text, kind) for text in answers) == 1:
+            telling.append(principle)
+    if telling and rng.random() < 0.9:
+        return rng.choice(telling)
+    return rng.choice(list(PRINCIPLES))
+
+
+def critic_row(rng, prompt, task):
+    """A row for sft.py: a critique, a revision or a comparison, as `task` says."""
+    sys.path.insert(0, str(TOY.parent))
+    from constitutional_ai import comparison_request, critique_request, revision_request
+
+    answers = [faulty(rng, prompt)]
+    if task == "comparison":
+        answers.append(faulty(rng, prompt))
+    principle = principle_for(rng, answers)
+    kind = PRINCIPLES[principle]
+    if task == "comparison":
+        request = comparison_request(prompt, principle, *answers)
+        return {"prompt": request, "completion": comparison(rng, answers, kind)}
+    said, place, mended = critique(rng, *answers, kind)
+    if task == "critique":
+        request = critique_request(prompt, *answers, principle)
+        return {"prompt": request, "completion": said}
+    request = revision_request(prompt, *answers, principle, said)
+    return {"prompt": request, "completion": revision(rng, prompt, *answers, place, mended)}
+
+
+def critic_rows(rng, prompts):
+    """SFT rows: of each problem two critiques, two revisions and two comparisons."""
+    tasks = ["critique", "revision", "comparison"] * 2
+    return [critic_row(rng, prompt, task) for prompt in prompts for task in tasks]
+
+
+def make_critic_data(seed=SEED):
+    """{file name: rows} of the critic's demonstrations, of problems that no other file has."""
+    taken = {row["prompt"] for rows in make_data(seed).values() for row in rows}
+    for prompts in sampled_prompts(seed).values():
+        taken |= set(prompts)
+    rng = random.Random(f"{seed} critic")
+    return {
+        "critic_train.jsonl": critic_rows(rng, problems(rng, 6000, taken)),
+        "critic_test.jsonl": critic_rows(rng, problems(rng, 50, taken)),
+    }
 
 
 # --- Tokenizer and model --------------------------------------------------------------------------
@@ -264,14 +433,14 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_config(tokenizer):
+def make_config(tokenizer, hidden_size=128, intermediate_size=384, num_hidden_layers=2):
     from transformers import LlamaConfig
 
     return LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         max_position_embeddings=256,
@@ -283,8 +452,11 @@ def make_config(tokenizer):
     )
 
 
-def make_model():
-    """toy/model: tokenizer and a Llama of 0.44 million random weights, for `sft.py` to train."""
+CRITIC_SHAPE = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4}
+
+
+def make_model(name, **shape):
+    """toy/NAME: tokenizer and a Llama of under 0.5 million random weights, for sft.py to train."""
     import torch
     from transformers import LlamaForCausalLM
     from transformers.utils import logging
@@ -292,19 +464,23 @@ def make_model():
     logging.disable_progress_bar()
     tokenizer = make_tokenizer()
     torch.manual_seed(SEED)
-    LlamaForCausalLM(make_config(tokenizer)).save_pretrained(TOY / "model")
-    tokenizer.save_pretrained(TOY / "model")
+    LlamaForCausalLM(make_config(tokenizer, **shape)).save_pretrained(TOY / name)
+    tokenizer.save_pretrained(TOY / name)
 
 
 def main():
     if sys.argv[1:] == ["--model"]:
-        make_model()
+        make_model("model")
+    elif sys.argv[1:] == ["--critic"]:
+        make_model("critic", **CRITIC_SHAPE)
+        for name, rows in make_critic_data().items():
+            write(f"../runs/{name}", rows)
     elif sys.argv[1:] == ["--sampled"]:
         loaded = load_policy()
         for name, prompts in sampled_prompts().items():
             write(name, list(sampled_rows(name, prompts, *loaded)))
     elif sys.argv[1:]:
-        raise SystemExit("make.py: the flags are --model and --sampled, one at a time")
+        raise SystemExit("make.py: the flags are --model, --sampled and --critic, one at a time")
     else:
         for name, rows in make_data().items():
             write(name, rows)
