@@ -620,6 +620,7 @@ def toy_args(tmp_path, **changes):
     return cai.Args(**values | dict(batch_size=100) | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("critic", ["critic", "model"])
 def test_the_critic_mends_the_toys_answers(tmp_path, critic):
     """And a model that never learned to criticise does not."""

@@ -1195,6 +1195,7 @@ def test_flags_by_default():
     assert {name: getattr(args, name) for name in want} == want
 
 
+@pytest.mark.slow
 def test_learning_as_a_user_would(tmp_path):
     """`python dpo_nll.py` on half of its pairs; with the sides exchanged it fails."""
     write(tmp_path / "half.jsonl", toy_rows(1280))

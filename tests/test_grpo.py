@@ -1164,6 +1164,7 @@ def test_learning_as_a_user_would(tmp_path):
     assert names <= set(rows[1])
 
 
+@pytest.mark.slow
 def test_process_supervision_learns(tmp_path):
     args = tiny_args(
         tmp_path, supervision="process", reward=f"{ROOT}/toy/make.py:step_rewards", num_steps=12,

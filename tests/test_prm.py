@@ -1333,6 +1333,7 @@ def test_learning_as_a_user_would(tmp_path):
     assert last["eval_f1"] > 0.8
 
 
+@pytest.mark.slow
 def test_outcomes_are_learned_as_a_user_would(tmp_path):
     lines = (ROOT / "toy/orm_train.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "rows.jsonl").write_text("".join(lines[:1800]))

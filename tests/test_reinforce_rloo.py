@@ -637,6 +637,7 @@ def test_verifier(text, answer, right):
 # --- Learning -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_learning_as_a_user_would(tmp_path):
     """`python reinforce_rloo.py`, fewer steps; greedy accuracy starts below 0.65."""
     command = [sys.executable, ROOT / "reinforce_rloo.py", "--output-dir", tmp_path / "run"]
