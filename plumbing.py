@@ -750,11 +750,10 @@ def load_model(
     head = set()
     if new_head:
         head = {key for key in missing if key.startswith(("score.", "classifier."))}
-    lost = sorted(set(missing) - head)
-    if lost:  # transformers only warns, and makes up random weights
-        stop(f"{path}: no weights for {', '.join(lost[:3])} in it")
+    _check_loaded(model, sorted(set(missing) - head), path)
     model = model.to(device).eval()
-    _check_loaded(model, path, is_policy)
+    if is_policy:
+        _probe(model, path)
     model.has_generic_head = has_generic_head
     model.has_new_head = any(key.endswith("weight") for key in head)
     model.autocast_dtype = torch.bfloat16 if _takes_bfloat16(dtype, device) else None
@@ -783,13 +782,13 @@ def _register_head(auto_class, config):
     return True
 
 
-def _check_loaded(model, path, is_policy):
-    """Stop at weights of nan or inf, and at a policy whose logits would be wrong here."""
+def _check_loaded(model, lost, path):
+    """Stop at weights that the file lacks (names `lost`), or that are nan or inf."""
+    if lost:  # transformers only warns, and makes up random weights
+        stop(f"{path}: no weights for {', '.join(lost[:3])} in it")
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             stop(f"{path}: has weights that are not finite ({name})")
-    if is_policy:
-        _probe(model, path)
 
 
 @torch.no_grad()

@@ -834,6 +834,7 @@ LIMITS = {
     "moving_decay": (0.0, 1.0, -0.1, 1.01),
     "temperature": (0.0, 100.0, -0.1, 101.0),
     "judge_temperature": (0.0, 100.0, -0.1, 101.0),
+    "feedback_temperature": (0.0, 100.0, -0.1, 101.0),
     "eta": (1e-9, 1e300, 0.0, None),
     "kl_horizon": (1, 10**9, 0, None),
     "rounds": (1, 10**9, 0, None),
