@@ -255,10 +255,13 @@ def load_rows(path, *columns):
 
     columns: names that no row may lack or leave empty; a tuple names alternatives.
     """
-    if os.path.isfile(path):
-        lines = Path(path).read_bytes().splitlines()
-    elif os.path.isdir(path):
+    if os.path.isdir(path):
         stop(f"{path}: is a folder; it needs a file of JSON Lines")
+    elif os.path.exists(path):
+        content = Path(path).read_bytes()
+        if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+            stop(f"{path}: is UTF-16; save it as UTF-8")
+        lines = content.splitlines()
     elif "/" in str(path) and not str(path).endswith((".json", ".jsonl")):
         lines = _hub_lines(path)
     else:
@@ -367,12 +370,23 @@ def _with_prompt_columns(row, where):
 
     The system's text becomes the first message; the tools are a key of the first message.
     """
-    name = "messages" if row.get("messages") else "prompt"
-    chat = row.get(name)
     system = row.get("system")
     tools = row.get("tools")
-    if not chat or not (system or tools):
+    if not (system or tools):
         return row
+    if isinstance(tools, str):
+        with stop_on_error(f"{where}: its tools are no JSON"):
+            tools = json.loads(tools)
+    if tools and not isinstance(tools, list):
+        stop(f"{where}: its tools are no list")
+    for name in MESSAGES:
+        if row.get(name):
+            row = row | {name: _with_system(row[name], name, system, tools, where)}
+    return row
+
+
+def _with_system(chat, name, system, tools, where):
+    """A prompt, or messages, with the system's text and the tools in the first message."""
     if isinstance(chat, str):
         chat = [{"role": "user", "content": chat}]
     if system:
@@ -380,11 +394,8 @@ def _with_prompt_columns(row, where):
             stop(f"{where}: its column system is no text, or {name} has a system message already")
         chat = [{"role": "system", "content": system}, *chat]
     if tools:
-        if isinstance(tools, str):
-            with stop_on_error(f"{where}: its tools are no JSON"):
-                tools = json.loads(tools)
         chat = [chat[0] | {"tools": tools}, *chat[1:]]
-    return row | {name: chat}
+    return chat
 
 
 def _warn_of_odd_rows(rows, path):
@@ -857,8 +868,8 @@ NUMBER = re.compile(
     r"(?P<european>\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,})(?!\d)"  # 1.234,5 and 1.234.567
     r"|10\^(?P<power>[-+]?\d+)"
     rf"|(?:(?P<whole>\d+) )?(?P<top>{WHOLE}) ?/ ?(?P<bottom>{WHOLE})"  # 3/4 and 1 3/4
-    rf"|(?P<decimal>{WHOLE}(?:\.\d+)?|(?<!\w)\.\d+)"
-    r"(?:[eE](?P<exponent>[-+]?\d+)(?!\w)| ?[*x] ?10\^(?P<times>[-+]?\d+))?"
+    rf"|(?P<decimal>{WHOLE}(?:\.\d+)?|(?<![\w.])\.\d+)"
+    r"(?:[eE](?P<exponent>[-+]?\d+)(?!\w)| ?[*xX] ?10\^(?P<times>[-+]?\d+))?"
 )
 
 
@@ -898,8 +909,16 @@ def is_number(answer):
 def _simplify(text):
     """LaTeX and Unicode forms of numbers -> what NUMBER reads."""
     text = re.sub(f"[{MINUS_SIGNS}]", "-", text)
+    text = text.replace("\\!", "")  # no space, as in 12,\!345
+    text = text.replace("\u066c", ",").replace("\u066b", ".")  # Arabic thousands and decimals
+    text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\{-\}(?=\d)", "-", text)
+    text = re.sub(r"-\{(\d[\d.,]*)\}", r"-\1", text)
+    text = re.sub(r"-\((\d[\d.,]*)\)", r"-\1", text)
+    text = re.sub(r"\^\{?\\circ\}?", "\u00b0", text)
     text = re.sub(r"(?<=\d)(?:\{,\}|\\,|[\u00a0\u2009\u202f])(?=\d{3})", ",", text)  # thousands
-    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text)
+    text = re.sub(r"\\[cdt]?frac(\d)(\d)", r" \1/\2", text)
+    text = re.sub(r"\\[cdt]?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text)
     text = re.sub(r"\\times|\\cdot|[\u00d7\u00b7\u22c5]", "*", text)
     text = re.sub(r"\^\{([-+]?\d+)\}", r"^\1", text)
     text = re.sub(r"(?<=\d)\*\*(?=[-+]?\d)", "^", text)
@@ -926,13 +945,15 @@ def _is_in_word(text, start):
     if before.endswith("^"):
         return before[-2:-1].isalpha()
     is_code = re.search(r"(?<![A-Za-z])[A-Z]{3}$", before)
-    return before[-1:].isalpha() and not is_code
+    # Chinese and Japanese write digits straight behind words
+    is_letter = re.search(r"[A-Za-z\u00c0-\u024f\u0370-\u052f]$", before)
+    return bool(is_letter) and not is_code
 
 
 def _goes_on(text, match):
     """Whether the number is part of something longer: a list, a time, a power, a version."""
-    before = re.search(r"\d[,.:/^]$|\)\^$", text[: match.start()])
-    behind = re.match(r"[,.:/]\d|\^|[eE][-+]?\d", text[match.end() :])
+    before = re.search(r"\d[,.:^]$|\)\^$|/ ?-?$|sqrt\{?$|\d\.\($", text[: match.start()])
+    behind = re.match(r"[,.:/]\d|\^|[eE][-+]?\d| ?\\(?:pi|sqrt)", text[match.end() :])
     return bool(before or behind)
 
 

@@ -152,7 +152,7 @@ def test_a_list_is_no_json_object(tmp_path, line):
 @both
 def test_a_file_that_is_no_text(script, tmp_path):
     path = tmp_path / "bad.jsonl"
-    path.write_bytes(b"\xff\xfe\x80\n")
+    path.write_bytes(b"\xf0\x28\x80\n")
     refused(script, tmp_path, f"{path}, line 1", dataset=str(path))
 
 
@@ -267,6 +267,28 @@ def test_a_number_beyond_float32_is_named_by_its_line(tmp_path, column, value):
     path = write_rows(tmp_path / "bad.jsonl", {column: 1.5}, {column: None}, {column: value})
     text = message(plumbing.load_rows, path)
     assert text == f"{path}, line 3: {column} is {value}, not a finite number"
+
+
+def test_a_file_of_another_encoding_or_kind(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(ROWS[0]).encode("utf-16"))
+    assert message(plumbing.load_rows, str(path)) == f"{path}: is UTF-16; save it as UTF-8"
+    assert message(plumbing.load_rows, "/dev/null") == "/dev/null: no rows"
+
+
+def test_tools_are_a_list(tmp_path):
+    for tools in ({"type": "function"}, '{"type": "function"}'):
+        path = write_rows(tmp_path / "bad.jsonl", ROWS[0], ROWS[1] | {"tools": tools})
+        assert message(plumbing.load_rows, path) == f"{path}, line 2: its tools are no list"
+
+
+def test_the_system_column_goes_into_prompt_and_messages(tmp_path):
+    """A row may have both; each script reads one of them."""
+    system = {"role": "system", "content": "Add."}
+    row = {"prompt": "1+7", "messages": [USER], "system": "Add."}
+    [got] = plumbing.load_rows(write_rows(tmp_path / "rows.jsonl", row))
+    assert got["messages"] == [system, USER]
+    assert got["prompt"] == [system, {"role": "user", "content": "1+7"}]
 
 
 def test_a_list_of_messages_written_as_a_text_is_none(tmp_path):
