@@ -362,6 +362,18 @@ def test_best_of_n_points_are_an_enumeration():
         assert list(point) == pytest.approx(wanted, abs=1e-5)
 
 
+def test_completions_are_judged_by_their_own_problem():
+    """Of 20 problems, 4 each, in two calls of generate; each first line adds its last digits."""
+    rows, texts, gold = over_optimisation.sample("problems_train.jsonl", 20, 4)
+    problems = load_rows(ROOT / "toy/problems_train.jsonl")[:20]
+    assert gold.shape == (20, 4) and len(texts) == len(rows) == 80
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        assert row["prompt"] == problems[i // 4]["prompt"]
+        is_right = text.split("\n")[-1] == problems[i // 4]["answer"]
+        assert gold[i // 4, i % 4].item() == is_right
+    assert 0 < gold.mean() < 1
+
+
 def test_a_fit_is_of_what_is_above_the_start():
     """Points of R = 0.5 + d (0.4 - 0.1 d), given by their KL; one below 0 counts as 0. A point that
     is off is left out where it is too far."""
