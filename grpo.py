@@ -8,6 +8,7 @@ and chapter 8 as chapter 15):
     group_advantages      11.1.5, eq. 10: outcome supervision
     process_advantages    11.1.5, the draft's TODO: process supervision (DeepSeekMath 4.1.3)
     token_weights         11.2.3, the mean over tokens, and two others
+    clipped_losses        11.1.5, 11.2.3: the clipped ratio times the advantage
     grpo_loss             11.1.5 the objective, 11.2.3 the code, 11.2.2.1 eq. 11
     gspo_loss             one ratio per completion (Zheng et al. 2025, GSPO, arXiv:2507.18071)
     cispo_loss            a clipped weight of log pi (MiniMax-M1, CISPO, arXiv:2506.13585)
@@ -222,6 +223,16 @@ def token_weights(mask, aggregate, max_len):
     return mask / max_len / R  # 1/R sum_i 1/L sum_t, L the same for all
 
 
+def clipped_losses(ratio, advantages, clip_eps, clip_eps_high):
+    """Ratios (R, T) or (R, 1), advantages (R, T) -> losses of the tokens, where the clip is active.
+
+    -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A). Book 11.1.5; the code of 11.2.3.
+    """
+    pg_losses1 = -advantages * ratio
+    pg_losses2 = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps_high)
+    return torch.max(pg_losses1, pg_losses2), pg_losses2 > pg_losses1
+
+
 def grpo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_eps_high, beta, kl):
     """All tensors (R, T) -> loss, and where the clip is active (R, T). Book 11.1.5, 11.2.3.
 
@@ -230,12 +241,10 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_e
     Losses of micro-batches add up when the weights are those of the whole minibatch.
     """
     ratio = torch.exp(logps - old_logps)
-    pg_losses1 = -advantages * ratio
-    pg_losses2 = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps_high)
-    per_token_loss = torch.max(pg_losses1, pg_losses2)
+    per_token_loss, is_clipped = clipped_losses(ratio, advantages, clip_eps, clip_eps_high)
     if beta:
         per_token_loss = per_token_loss + beta * kl_estimate(logps, ref_logps, kl)
-    return (weights * per_token_loss).sum(), pg_losses2 > pg_losses1
+    return (weights * per_token_loss).sum(), is_clipped
 
 
 def gspo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_eps_high, beta, kl):
@@ -247,12 +256,10 @@ def gspo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_e
     """
     log_ratio = masked_mean(logps - old_logps, weights > 0, dim=1)
     ratio = torch.exp(log_ratio)[:, None]  # (R, 1)
-    pg_losses1 = -advantages * ratio
-    pg_losses2 = -advantages * ratio.clamp(1 - clip_eps, 1 + clip_eps_high)
-    per_token_loss = torch.max(pg_losses1, pg_losses2)
+    per_token_loss, is_clipped = clipped_losses(ratio, advantages, clip_eps, clip_eps_high)
     if beta:
         per_token_loss = per_token_loss + beta * kl_estimate(logps, ref_logps, kl)
-    return (weights * per_token_loss).sum(), pg_losses2 > pg_losses1
+    return (weights * per_token_loss).sum(), is_clipped
 
 
 def cispo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_eps_high, beta, kl):

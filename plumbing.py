@@ -842,7 +842,7 @@ def _switch_off_dropout(config):
 
 
 def _takes_bfloat16(dtype, device):
-    if dtype == "auto" and device.type == "cuda":
+    if dtype == "auto" and torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return dtype == "bfloat16"
 

@@ -198,6 +198,7 @@ def to_ranking(row):
 def read_examples(path):
     """File -> list of {prompt, completions, ranks}. Bad rows are named and stop the run."""
     examples = []
+    num_soft = 0
     columns = ("completions", "chosen"), ("ranks", "rejected")
     for number, row in enumerate(load_rows(path, "prompt", *columns), 1):
         with stop_on_error(f"{path}, row {number}: cannot be read"):
@@ -211,7 +212,11 @@ def read_examples(path):
                 raise ValueError(f"ranks {ranks}: no ranking, some tie; rm_bt.py takes ties")
             if not all(text.strip() for text in texts):
                 raise ValueError("an empty completion")
+        if row.get("probability") is not None:
+            num_soft += 1
         examples.append({"prompt": row["prompt"], "completions": texts, "ranks": ranks})
+    if num_soft:
+        print(f"{path}: {num_soft} rows have a probability, which only rm_bt.py and dpo_nll.py use")
     return examples
 
 

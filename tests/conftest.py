@@ -130,3 +130,11 @@ def real_model():
     if not (folder / "model.safetensors").exists():
         pytest.skip(f"no real model in {folder}; name one with REAL_MODEL=FOLDER")
     return str(folder)
+
+
+@pytest.fixture
+def no_picture(monkeypatch):
+    """Runs draw no curves: pictures take longer than the steps of a tiny model."""
+    import plumbing
+
+    monkeypatch.setattr(plumbing, "draw_curves", lambda rows, path: None)

@@ -24,16 +24,13 @@ import reinforce_rloo
 import rejection_sampling
 import sft
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 TOY = str(ROOT / "toy" / "model")
 ROWS = [
     {"prompt": f"  {a}+ {b}", "answer": str(a + b), "completion": str(a + b)}
     for a, b in [(12, 345), (67, 890), (98, 765), (43, 210)]
 ]
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr(plumbing, "draw_curves", lambda rows, path: None)
 
 
 def write_rows(path, *rows):

@@ -1,7 +1,6 @@
 """constitutional_ai.py: hand values, scripted models, plain loops, a resumed run, and the toy."""
 
 import itertools
-import json
 import math
 import random
 
@@ -10,6 +9,7 @@ import plain
 import pytest
 import torch
 from conftest import ROOT, make_tokenizer
+from policy_gradient import read_rows, write_rows
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import constitutional_ai as cai
@@ -17,30 +17,18 @@ import plumbing
 import rm_bt
 import sft
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 PROBLEM = " 587+  46"
 RIGHT = "7+6+0=13\n8+4+1=13\n5+0+1=06\n633"
 FORGOT = "7+6+0=13\n8+4+1=13\n5+0+0=05\n533"
 ROWS = [{"prompt": f"{a:4d}+{b:4d}", "answer": str(a + b)} for a, b in enumerate(range(7), 11)]
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr(plumbing, "draw_curves", lambda rows, path: None)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def some_args(tmp_path, tiny, **changes):
     """Args of a run of three steps on seven prompts."""
     if "dataset" not in changes:
-        changes["dataset"] = write(tmp_path / "rows.jsonl", ROWS)
+        changes["dataset"] = write_rows(tmp_path / "rows.jsonl", ROWS)
     values = dict(
         model=tiny, output_dir=str(tmp_path / "run"), device="cpu", num_revisions=2,
         max_new_tokens=30, batch_size=3, num_principles=2,
@@ -332,8 +320,8 @@ def test_a_tie_counts_half():
 
 def test_a_run_of_revisions(tiny, tmp_path, capsys):
     cai.main(some_args(tmp_path, tiny, num_prompts=6))
-    chains = read(tmp_path / "run/chains.jsonl")
-    rows = read(tmp_path / "run/revisions.jsonl")
+    chains = read_rows(tmp_path / "run/chains.jsonl")
+    rows = read_rows(tmp_path / "run/revisions.jsonl")
     assert len(chains) == 6 and len({chain["prompt"] for chain in chains}) == 6
     assert rows == cai.trainable_rows(chains) and 0 < len(rows)
     for chain in chains:
@@ -341,7 +329,7 @@ def test_a_run_of_revisions(tiny, tmp_path, capsys):
         assert set(chain["principles"]) <= set(cai.PRINCIPLES)
     pairs = [pair for row in rows for pair in sft.to_pairs(row)]
     assert pairs == [(row["prompt"], row["answers"][-1]) for row in rows]
-    metrics = read(tmp_path / "run/metrics.jsonl")
+    metrics = read_rows(tmp_path / "run/metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2]
     out = capsys.readouterr().out
     assert "12 revisions: " in out and f"{len(rows)} of 6 rows for sft.py" in out
@@ -351,10 +339,10 @@ def test_a_run_of_comparisons(tiny, tmp_path):
     """Letters, labels and rows, from the models' weights by a plain loop."""
     (tmp_path / "constitution.txt").write_text("Be right.\nBe short.\nBe kind.\n")
     constitution = str(tmp_path / "constitution.txt")
-    dataset = write(tmp_path / "many.jsonl", [{"prompt": f"{i}"} for i in range(20)])
+    dataset = write_rows(tmp_path / "many.jsonl", [{"prompt": f"{i}"} for i in range(20)])
     changes = dict(max_new_tokens=60, num_principles=2, constitution=constitution, dataset=dataset)
     cai.main(some_args(tmp_path, tiny, stage="compare", batch_size=5, **changes))
-    compared = read(tmp_path / "run/comparisons.jsonl")
+    compared = read_rows(tmp_path / "run/comparisons.jsonl")
     labelled = [entry for entry in compared if entry["outcome"] == "compared"]
     assert len(compared) == 20 and len(labelled) > 2
     model, tokenizer = cai.load_asked(tiny, torch.device("cpu"), "float32")
@@ -383,9 +371,9 @@ def test_answers_that_the_rows_bring(tiny, tmp_path):
         {"prompt": "1+1", "completions": ["2", "3"]},
         {"prompt": "2", "completions": ["4", "4"]},
     ]
-    path = write(tmp_path / "pairs.jsonl", rows)
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
     cai.main(some_args(tmp_path, tiny, stage="compare", dataset=path, temperature=0.0))
-    compared = read(tmp_path / "run/comparisons.jsonl")
+    compared = read_rows(tmp_path / "run/comparisons.jsonl")
     assert sorted(entry["answers"] for entry in compared) == [["2", "3"], ["4", "4"]]
     assert {entry["outcome"] for entry in compared} == {"compared", "equal"}
 
@@ -398,7 +386,7 @@ class Killed(Exception):
 @pytest.mark.parametrize("when", ["before the rows", "after the rows"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny, tmp_path, monkeypatch, stage, when):
     (tmp_path / "constitution.txt").write_text("Be right.\nBe short.\nBe kind.\n")
-    dataset = write(tmp_path / "rows.jsonl", [{"prompt": f"{i}"} for i in range(14)])
+    dataset = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{i}"} for i in range(14)])
     common = dict(dataset=dataset, stage=stage, batch_size=5, max_new_tokens=60)
     common["constitution"] = str(tmp_path / "constitution.txt")
     cai.main(some_args(tmp_path, tiny, output_dir=str(tmp_path / "whole"), **common))
@@ -429,14 +417,14 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny, tmp_path, monkeypatch,
         assert (tmp_path / f"run/{name}.jsonl").read_bytes() == whole and whole
     untimed = []
     for folder in ("whole", "run"):
-        rows = read(tmp_path / folder / "metrics.jsonl")
+        rows = read_rows(tmp_path / folder / "metrics.jsonl")
         untimed.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
     assert untimed[0] == untimed[1] and len(untimed[0]) == 3
 
 
 def chains_of(tmp_path, tiny, name, **changes):
     cai.main(some_args(tmp_path, tiny, output_dir=str(tmp_path / name), **changes))
-    return {chain["prompt"]: chain for chain in read(tmp_path / name / "chains.jsonl")}
+    return {chain["prompt"]: chain for chain in read_rows(tmp_path / name / "chains.jsonl")}
 
 
 def test_what_the_draws_depend_on(tiny, tmp_path):
@@ -450,9 +438,9 @@ def test_what_the_draws_depend_on(tiny, tmp_path):
     assert any(seed[x]["principles"] != base[x]["principles"] for x in base)
     assert any(seed[x]["answers"] != base[x]["answers"] for x in base)
     assert len({tuple(chain["principles"]) for chain in base.values()}) > 3
-    same = write(tmp_path / "same.jsonl", [{"prompt": "1+1"}] * 6)
+    same = write_rows(tmp_path / "same.jsonl", [{"prompt": "1+1"}] * 6)
     cai.main(some_args(tmp_path, tiny, dataset=same, output_dir=str(tmp_path / "same")))
-    firsts = [chain["answers"][0] for chain in read(tmp_path / "same/chains.jsonl")]
+    firsts = [chain["answers"][0] for chain in read_rows(tmp_path / "same/chains.jsonl")]
     assert len(set(firsts)) == 6  # no step begins with the random numbers of another
 
 
@@ -504,7 +492,7 @@ def test_a_constitution_that_is_none(tiny, tmp_path, content, word):
 @pytest.mark.parametrize("completions", [["1"], ["1", "2", "3"], ["1", 2], ["1", " "], None])
 def test_answers_that_are_no_pair(tiny, tmp_path, completions):
     rows = [{"prompt": "1", "completions": ["1", "2"]}, {"prompt": "2", "completions": completions}]
-    path = write(tmp_path / "pairs.jsonl", rows)
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
     args = some_args(tmp_path, tiny, stage="compare", dataset=path)
     refused(args, path, "row 2", "not two texts")
 
@@ -521,7 +509,7 @@ def test_a_critic_that_cannot_be_asked(tiny, tmp_path):
     )
     make_tokenizer(chat=False).save_pretrained(folder)
     refused(some_args(tmp_path, tiny, feedback_model=folder), folder, "no chat template")
-    path = write(tmp_path / "rendered.jsonl", [{"prompt": "<bos><user>1+1<assistant>"}])
+    path = write_rows(tmp_path / "rendered.jsonl", [{"prompt": "<bos><user>1+1<assistant>"}])
     refused(some_args(tmp_path, tiny, dataset=path), path, "already")
 
 
@@ -626,16 +614,18 @@ def test_the_critic_mends_the_toys_answers(tmp_path, critic):
     """And a model that never learned to criticise does not."""
     model = str(ROOT / "toy" / critic)
     cai.main(toy_args(tmp_path, feedback_model=model, num_revisions=3))
-    [row] = [row for row in read(tmp_path / "run/metrics.jsonl") if "accuracy_first" in row]
+    [row] = [row for row in read_rows(tmp_path / "run/metrics.jsonl") if "accuracy_first" in row]
     gain = row["accuracy_revised"] - row["accuracy_first"]
     assert 0.35 < row["accuracy_first"] < 0.7
     assert gain > 0.15 if critic == "critic" else gain < 0.05
 
 
-@pytest.mark.xfail(reason="toy/critic has not learned to compare: its labels are near 0.5")
+@pytest.mark.xfail(
+    strict=True, reason="toy/critic has not learned to compare: its labels are near 0.5"
+)
 def test_the_critic_prefers_right_answers(tmp_path):
     cai.main(toy_args(tmp_path, stage="compare"))
-    [row] = read(tmp_path / "run/metrics.jsonl")
+    [row] = read_rows(tmp_path / "run/metrics.jsonl")
     assert row["accuracy"] > 0.7 and 0.4 < row["first_place"] < 0.6
-    for row in read(tmp_path / "run/preferences.jsonl"):
+    for row in read_rows(tmp_path / "run/preferences.jsonl"):
         assert row["chosen"] != row["rejected"] and row["probability"] >= 0.5

@@ -12,6 +12,7 @@ import plain
 import pytest
 import torch
 from conftest import ROOT, make_model, make_tokenizer
+from policy_gradient import write_rows
 from replay import (
     REWARD, adamw, checkpoint_parts, end_weights, flag_resume, flat_gradient, greedy,
     greedy_reward, model_with, moved, problems, resumed_without, reward_of, weights_of,
@@ -24,15 +25,7 @@ import plumbing
 import dpo_nll
 import sft
 
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr(plumbing, "draw_curves", lambda rows, path: None)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def toy_rows(n):
@@ -41,7 +34,7 @@ def toy_rows(n):
 
 def tiny_args(tmp_path, **changes):
     """Args of a short run on 16 pairs of the toy."""
-    rows = write(tmp_path / "rows.jsonl", toy_rows(16))
+    rows = write_rows(tmp_path / "rows.jsonl", toy_rows(16))
     values = dpo_nll.TOY | dict(
         model=str(ROOT / "toy/model"), dataset=rows, eval_dataset=rows, eval_prompts="",
         batch_size=8, micro_batch_size=8, output_dir=str(tmp_path / "run"), device="cpu",
@@ -204,7 +197,7 @@ def test_how_it_is_computed_changes_nothing(tmp_path, changes):
         (tmp_path / name).mkdir()
     rows = [row | {"score_chosen": i % 3, "score_rejected": -1, "margin": i % 5 / 5}
             for i, row in enumerate(toy_rows(16))]  # fmt: skip
-    rows = write(tmp_path / "scored.jsonl", rows)
+    rows = write_rows(tmp_path / "scored.jsonl", rows)
     changes = changes | {"dataset": rows, "eval_dataset": rows}
     how = "precompute_ref", "micro_batch_size", "share_prompts"
     loss = {k: changes[k] for k in changes if k not in how}
@@ -219,7 +212,7 @@ def test_how_it_is_computed_changes_nothing(tmp_path, changes):
 @pytest.mark.parametrize("loss", ["rpo", "rebel"])
 def test_losses_with_rewards_in_the_rows(tmp_path, loss):
     rows = [row | {"score_chosen": 2.0, "score_rejected": 0.5} for row in toy_rows(8)]
-    row = steps(run(tiny_args(tmp_path, dataset=write(tmp_path / "r.jsonl", rows), loss=loss,
+    row = steps(run(tiny_args(tmp_path, dataset=write_rows(tmp_path / "r.jsonl", rows), loss=loss,
                               alpha=0.0, eval_dataset="", eval_size=0)))[0]  # fmt: skip
     p = 1 / (1 + math.exp(-1.5))
     coin = p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))  # delta is 0
@@ -231,7 +224,7 @@ def test_losses_with_rewards_in_the_rows(tmp_path, loss):
 @pytest.mark.parametrize("normalize", [False, True])
 def test_a_short_last_step_by_a_plain_computation(tmp_path, normalize):
     """10 pairs, 8 and then 2, which weigh a half each; lengths normalised on both sides, or not."""
-    rows = write(tmp_path / "r.jsonl", toy_rows(10))
+    rows = write_rows(tmp_path / "r.jsonl", toy_rows(10))
     changes = dict(normalize_length=normalize, beta=0.3, alpha=0.0, max_grad_norm=1e9)
     changes |= dict(eval_dataset="", eval_size=0, micro_batch_size=2)
     seen = observe.observe(dpo_nll, tiny_args(tmp_path, dataset=rows, **changes))
@@ -242,7 +235,7 @@ def test_a_short_last_step_by_a_plain_computation(tmp_path, normalize):
 def test_the_implicit_rewards_of_rebel_are_scaled_by_its_eta(tmp_path):
     """(delta / eta - gap)^2 is least where the margin, as logged, is the gap."""
     rows = [row | {"score_chosen": 1.0, "score_rejected": 0.0} for row in toy_rows(8)]
-    path = write(tmp_path / "r.jsonl", rows)
+    path = write_rows(tmp_path / "r.jsonl", rows)
     args = tiny_args(tmp_path, dataset=path, eval_dataset=path, loss="rebel", eta=2.0, alpha=0.0,
                      num_epochs=30, learning_rate=3e-4)  # fmt: skip
     rows = run(args)
@@ -263,16 +256,16 @@ def test_messages_that_would_be_lost_are_refused(tmp_path):
     user, other = {"role": "user", "content": "1"}, {"role": "user", "content": "2"}
     first, last = ({"role": "assistant", "content": x} for x in "34")
     good = {"prompt": "1", "chosen": [user, first], "rejected": [last]}
-    path = write(tmp_path / "good.jsonl", [good] * 8)
+    path = write_rows(tmp_path / "good.jsonl", [good] * 8)
     run(tiny_args(tmp_path, dataset=path, eval_dataset=""))
     bad = good | {"chosen": [user, first, other, last]}
-    path = write(tmp_path / "bad.jsonl", [good, bad])
+    path = write_rows(tmp_path / "bad.jsonl", [good, bad])
     with pytest.raises(ValueError, match="row 2.*earlier turns"):
         dpo_nll.main(tiny_args(tmp_path, dataset=path, eval_dataset="", overwrite=True))
 
 
 def test_margins_of_the_rows_are_used(tmp_path):
-    rows = write(tmp_path / "r.jsonl", [row | {"margin": 0.5} for row in toy_rows(8)])
+    rows = write_rows(tmp_path / "r.jsonl", [row | {"margin": 0.5} for row in toy_rows(8)])
     changes = dict(dataset=rows, alpha=0.0, margin_scale=2.0, eval_dataset="", eval_size=0)
     row = steps(run(tiny_args(tmp_path, **changes)))[0]
     assert row["loss"] == pytest.approx(math.log(1 + math.e), rel=1e-4)
@@ -281,7 +274,7 @@ def test_margins_of_the_rows_are_used(tmp_path):
 def test_equal_pairs_are_dropped_and_counted_and_empty_ones_refused(tmp_path, capsys):
     same = [{"prompt": "1+1", "chosen": "2", "rejected": "2"}]
     long = [{"prompt": "1+1", "chosen": "2" * 50 + "1", "rejected": "2" * 50 + "3"}]
-    rows = write(tmp_path / "r.jsonl", toy_rows(6) + same + long)
+    rows = write_rows(tmp_path / "r.jsonl", toy_rows(6) + same + long)
     rows = run(tiny_args(tmp_path, dataset=rows, max_length=50, eval_dataset="", eval_size=0))
     assert "of 8 pairs, dropped 2" in capsys.readouterr().out and len(steps(rows)) == 1
     for bad, words in (
@@ -289,7 +282,7 @@ def test_equal_pairs_are_dropped_and_counted_and_empty_ones_refused(tmp_path, ca
         ([{"prompt": "1", "chosen": " ", "rejected": "2"}], "chosen"),
         ([{"prompt": "1", "chosen": "2", "rejected": "3", "margin": "x"}], "row 1"),
     ):
-        path = write(tmp_path / "bad.jsonl", bad)
+        path = write_rows(tmp_path / "bad.jsonl", bad)
         with pytest.raises(ValueError, match=words):
             dpo_nll.main(tiny_args(tmp_path, dataset=path, eval_dataset="", overwrite=True))
 
@@ -434,9 +427,9 @@ def small(tmp_path_factory, tiny):
     data = tmp_path_factory.mktemp("data")
     (data / "reward.py").write_text(REWARD)
     values = dict(
-        model=tiny, dataset=write(data / "pairs.jsonl", preferences(9, 1)),
-        eval_dataset=write(data / "held.jsonl", preferences(5, 2)),
-        eval_prompts=write(data / "prompts.jsonl", problems(6, 3)), device="cpu",
+        model=tiny, dataset=write_rows(data / "pairs.jsonl", preferences(9, 1)),
+        eval_dataset=write_rows(data / "held.jsonl", preferences(5, 2)),
+        eval_prompts=write_rows(data / "prompts.jsonl", problems(6, 3)), device="cpu",
         reward=f"{data}/reward.py:f", batch_size=4, micro_batch_size=4, num_epochs=2,
         learning_rate=0.02, lr_schedule="linear", warmup_ratio=0.4, max_grad_norm=1e9,
         max_new_tokens=10, eval_size=4, alpha=0.7, beta=0.3, log_samples=2,
@@ -465,7 +458,7 @@ SAMPLED = dict(
 def sampled(small, tmp_path_factory):
     """look(**changes): two iterations of two steps, six pairs each, of 5 of 12 prompts, two of
     them sampled at a time."""
-    path = write(tmp_path_factory.mktemp("data") / "problems.jsonl", problems(12, 4))
+    path = write_rows(tmp_path_factory.mktemp("data") / "problems.jsonl", problems(12, 4))
 
     def look(**changes):
         return small(**SAMPLED | {"dataset": path} | changes)
@@ -627,7 +620,7 @@ def test_metrics_of_soft_labels(small, tmp_path):
     for i, row in enumerate(rows):
         row["probability"] = i / 8
     rows[4]["probability"] = None  # as good as none
-    changes = dict(dataset=write(tmp_path / "soft.jsonl", rows), label_smoothing=0.1)
+    changes = dict(dataset=write_rows(tmp_path / "soft.jsonl", rows), label_smoothing=0.1)
     seen = small(**changes, margin_scale=0.5, eval_dataset="", eval_size=0, eval_prompts="")
     labels = [pair["probability"] for pair in seen.read("pairs/0.jsonl")]
     assert labels == [0, 1 / 8, 2 / 8, 3 / 8, 1, 5 / 8, 6 / 8, 7 / 8, 1]
@@ -637,7 +630,7 @@ def test_metrics_of_soft_labels(small, tmp_path):
 @pytest.mark.parametrize("loss", ["ipo", "rpo", "rebel"])
 def test_soft_labels_go_with_dpo(tmp_path, loss):
     more = {"score_chosen": 1, "score_rejected": 0, "probability": 0.6}
-    path = write(tmp_path / "r.jsonl", [row | more for row in toy_rows(4)])
+    path = write_rows(tmp_path / "r.jsonl", [row | more for row in toy_rows(4)])
     with pytest.raises(ValueError, match="`probability` goes with --loss dpo"):
         dpo_nll.main(tiny_args(tmp_path, dataset=path, eval_dataset=path, loss=loss))
 
@@ -646,7 +639,7 @@ def test_soft_labels_go_with_dpo(tmp_path, loss):
 def test_a_soft_label_that_is_no_probability_is_named(tmp_path, value):
     rows = toy_rows(4)
     rows[2]["probability"] = value
-    path = write(tmp_path / "r.jsonl", rows)
+    path = write_rows(tmp_path / "r.jsonl", rows)
     with pytest.raises(ValueError, match="line 3: probability"):
         dpo_nll.main(tiny_args(tmp_path, dataset=path))
 
@@ -667,7 +660,7 @@ def test_metrics_of_every_step(base, tiny):
 
 def test_metrics_of_a_tie(small, tmp_path):
     """One pair, whose difference is 0 in the first step: half right, in training and evaluation."""
-    path = write(tmp_path / "one.jsonl", preferences(1, 1))
+    path = write_rows(tmp_path / "one.jsonl", preferences(1, 1))
     seen = small(dataset=path, eval_prompts="", num_epochs=1, eval_dataset=path)
     assert seen.steps[0]["accuracy"] == 0.5
     assert seen.evals[0]["eval_pair_accuracy"] == 0.5 and seen.evals[0]["eval_margin"] == 0
@@ -710,7 +703,7 @@ def test_metrics_of_a_verified_evaluation(small, tmp_path, tiny):
         if last is not None and last.denominator == 1 and row["number"] % 2:
             row["answer"] = str(last)
             right += 1
-    path = write(tmp_path / "answered.jsonl", rows)
+    path = write_rows(tmp_path / "answered.jsonl", rows)
     seen = small(eval_prompts=path, reward="verifier", eval_size=99, num_epochs=1, eval_dataset="")
     assert 0 < right < 40
     assert seen.evals[0]["eval_accuracy"] == pytest.approx(right / 40, rel=1e-5)
@@ -817,7 +810,7 @@ def test_iterated_prompts_and_seeds_differ(sampled, twice, tmp_path):
     """Iterations draw other prompts; of the same prompts and policy, other completions."""
     first, second = (set(drawn_groups(twice, i)) for i in range(2))
     assert first != second
-    same = write(tmp_path / "same.jsonl", problems(1, 4) * 2)
+    same = write_rows(tmp_path / "same.jsonl", problems(1, 4) * 2)
     seen = sampled(dataset=same, num_prompts=2, learning_rate=0.0, eval_prompts="")
     one, two = (texts for _, texts, _ in seen.results("generate"))
     assert len(one) == 8 and set(one) != set(two)
@@ -891,7 +884,7 @@ def flag_model(run, base, folder):
 
 def flag_dataset(run, base, folder):
     rows = preferences(6, 9)
-    seen = run(dataset=write(folder / "other.jsonl", rows))
+    seen = run(dataset=write_rows(folder / "other.jsonl", rows))
     pairs = seen.read("pairs/0.jsonl")
     assert [p["prompt"] for p in pairs] == [row["prompt"] for row in rows]
     assert [p["gap"] for p in pairs] == [0.0] * 6  # read for rpo and rebel only
@@ -901,11 +894,11 @@ def flag_dataset(run, base, folder):
 def flag_eval_dataset(run, base, folder):
     """These rows; and without it, prompts of --dataset, which are not trained on."""
     rows = preferences(7, 9)
-    seen = run(eval_dataset=write(folder / "other.jsonl", rows))
+    seen = run(eval_dataset=write_rows(folder / "other.jsonl", rows))
     margin = plain_pairs_eval(seen, end_weights(seen), rows)[1]
     assert seen.evals[-1]["eval_margin"] == pytest.approx(margin, rel=1e-3)
     many = preferences(30, 1)
-    seen = run(dataset=write(folder / "many.jsonl", many), eval_dataset="", eval_size=2)
+    seen = run(dataset=write_rows(folder / "many.jsonl", many), eval_dataset="", eval_size=2)
     trained = {pair["prompt"] for pair in seen.read("pairs/0.jsonl")}
     held = [row for row in many if row["prompt"] not in trained]
     assert len(trained) == 28 and len(held) == 2
@@ -918,7 +911,7 @@ def flag_eval_prompts(run, base, folder):
     assert all("eval_reward" not in row and "eval_kl" not in row for row in seen.evals)
     assert len(seen.evals) == 2 and seen.read("samples.jsonl") == []
     assert seen.steps[-1]["loss"] == base.steps[-1]["loss"]
-    seen = run(eval_prompts=write(folder / "p.jsonl", problems(3, 8)))
+    seen = run(eval_prompts=write_rows(folder / "p.jsonl", problems(3, 8)))
     assert seen.arguments("greedy_rewards", "rows") == [problems(3, 8)] * 2
     assert run(eval_dataset="", eval_prompts="", eval_size=0).evals == []
 
@@ -1198,7 +1191,7 @@ def test_flags_by_default():
 @pytest.mark.slow
 def test_learning_as_a_user_would(tmp_path):
     """`python dpo_nll.py` on half of its pairs; with the sides exchanged it fails."""
-    write(tmp_path / "half.jsonl", toy_rows(1280))
+    write_rows(tmp_path / "half.jsonl", toy_rows(1280))
     command = [sys.executable, ROOT / "dpo_nll.py", "--output-dir", tmp_path / "run"]
     command += ["--dataset", tmp_path / "half.jsonl", "--eval-size", "100"]
     out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

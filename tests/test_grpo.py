@@ -17,12 +17,7 @@ import common
 import plumbing
 import grpo
 
-pytestmark = pytest.mark.filterwarnings("ignore:over 20")
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr(plumbing, "draw_curves", lambda rows, path: None)
+pytestmark = [pytest.mark.usefixtures("no_picture"), pytest.mark.filterwarnings("ignore:over 20")]
 
 
 def tiny_args(tmp_path, **changes):

@@ -1,7 +1,6 @@
 """judge.py against hand values, enumeration, slow maximisation and plain forwards, and the toy."""
 
 import itertools
-import json
 import math
 import os
 import random
@@ -12,6 +11,7 @@ import plain
 import pytest
 import torch
 from conftest import ROOT, make_tokenizer
+from policy_gradient import read_rows, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -19,6 +19,8 @@ import plumbing
 import dpo_nll
 import judge
 import rm_bt
+
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 TEMPLATE = str(ROOT / "toy" / "judge.txt")
 ROWS = [
@@ -31,25 +33,11 @@ ROWS = [
 IN_ORDER = ["[[A]]", "[[C]]", "[[B]]"]
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr(plumbing, "draw_curves", lambda rows, path: None)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def some_args(tmp_path, tiny, rows=ROWS, **changes):
     values = dict(
-        model=tiny, dataset=write(tmp_path / "rows.jsonl", rows), template=TEMPLATE, device="cpu",
-        output_dir=str(tmp_path / "run"), batch_size=2, num_resamples=20, max_explanation_tokens=8,
-        max_new_tokens=6, checkpoint_every=1,
+        model=tiny, dataset=write_rows(tmp_path / "rows.jsonl", rows), template=TEMPLATE,
+        device="cpu", output_dir=str(tmp_path / "run"), batch_size=2, num_resamples=20,
+        max_explanation_tokens=8, max_new_tokens=6, checkpoint_every=1,
     )  # fmt: skip
     return judge.Args(**values | changes)
 
@@ -58,8 +46,8 @@ def run(args):
     """Judge -> rows of judgements.jsonl, {what: row} of results.jsonl."""
     judge.main(args)
     folder = plumbing.Path(args.output_dir)
-    results = {row["what"]: row for row in read(folder / "results.jsonl")}
-    return read(folder / "judgements.jsonl"), results
+    results = {row["what"]: row for row in read_rows(folder / "results.jsonl")}
+    return read_rows(folder / "judgements.jsonl"), results
 
 
 def values(results):
@@ -360,7 +348,7 @@ def test_a_run_by_hand(tmp_path, tiny, monkeypatch, capsys):
     assert got["agreement_better_longer"] == 0  # the second pair alone
     assert got["agreement_better_shorter"] == 1  # the first and the fourth
     assert "5 pairs, each in both orders; not judged: 1 no verdict" in capsys.readouterr().out
-    made = read(tmp_path / "run/preferences.jsonl")
+    made = read_rows(tmp_path / "run/preferences.jsonl")
     assert [row["probability"] for row in made] == [1, 1, 0.5, 0.75]
     assert made[1] == {"prompt": "4+5", "chosen": "8", "rejected": "4+5=9", "probability": 1}
 
@@ -396,7 +384,9 @@ def test_a_judge_that_always_names_one_place_is_found_and_cancels(
 def test_a_verdict_that_never_comes_is_counted_and_not_guessed(tmp_path, tiny, monkeypatch, capsys):
     says(monkeypatch, lambda prompts: ["Both are good." for _ in prompts])
     rows, results = run(some_args(tmp_path, tiny, verdict="text"))
-    assert values(results) == {"no_verdict": 1} and read(tmp_path / "run/preferences.jsonl") == []
+    assert (
+        values(results) == {"no_verdict": 1} and read_rows(tmp_path / "run/preferences.jsonl") == []
+    )
     assert {row["probability"] for row in rows} == {None}
     said = capsys.readouterr().out
     assert "no verdict on chosen and rejected" in said and "were they cut off?" in said
@@ -411,7 +401,7 @@ def test_equal_answers_are_ties_and_long_ones_are_left_out(tmp_path, tiny, capsy
     got, results = run(some_args(tmp_path, tiny, rows))
     assert [row["why_not"] for row in got] == ["", "equal", "too long"]
     assert got[1]["probability"] == 0.5 and got[2]["probability"] is None
-    assert len(read(tmp_path / "run/preferences.jsonl")) == 1
+    assert len(read_rows(tmp_path / "run/preferences.jsonl")) == 1
     said = capsys.readouterr().out
     assert "not judged: 1 equal, 1 too long" in said
     first = float(got[0]["probability"] > 0.5)
@@ -446,7 +436,7 @@ def reward_model(tiny, tmp_path_factory):
     """A reward model of one step on ROWS."""
     folder = tmp_path_factory.mktemp("rewards")
     args = rm_bt.Args(
-        model=tiny, dataset=write(folder / "rows.jsonl", ROWS), output_dir=str(folder / "run"),
+        model=tiny, dataset=write_rows(folder / "rows.jsonl", ROWS), output_dir=str(folder / "run"),
         eval_size=0, device="cpu", learning_rate=0.01,
     )  # fmt: skip
     rm_bt.main(args)
@@ -472,7 +462,7 @@ def test_a_reward_model_compares_the_same_pairs(tmp_path, tiny, reward_model):
 
 def completions(path, answers, prompts=("1+2", "4+5", "7+1", "1+2")):
     rows = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)]
-    return write(path, rows)
+    return write_rows(path, rows)
 
 
 def longer(prompts):
@@ -498,7 +488,7 @@ def test_files_of_completions_are_matched_by_prompt(tmp_path, tiny, monkeypatch)
     got = values(results)
     assert got["win_rate of old against new"] == 0.5
     assert 0 < got["lc_win_rate of old against new"] < 1
-    made = read(tmp_path / "run/preferences.jsonl")
+    made = read_rows(tmp_path / "run/preferences.jsonl")
     assert [row["chosen"] for row in made] == ["333", "99", "8888", "44"]
 
 
@@ -567,7 +557,7 @@ def test_what_was_cut_off_is_said_and_has_no_end_for_the_reward_model(
     tmp_path, tiny, reward_model, capsys
 ):
     path = tmp_path / "a.jsonl"
-    write(path, [{"prompt": "1", "completion": "22", "ended": False}])
+    write_rows(path, [{"prompt": "1", "completion": "22", "ended": False}])
     other = completions(tmp_path / "b.jsonl", ["22+"], ["1"])
     flags = dict(contestants=f"a={path},b={other}", dataset="", reward_model=reward_model)
     rows, _ = run(some_args(tmp_path, tiny, **flags))
@@ -595,7 +585,7 @@ def test_a_file_without_a_prompts_completion_is_named(tmp_path, tiny):
     two = completions(tmp_path / "b.jsonl", ["1"] * 3, ("1+2", "4+5", "7+1"))
     with pytest.raises(ValueError, match="b.jsonl: no completion for the prompt '1.2'"):
         judge.main(some_args(tmp_path, tiny, contestants=f"{one},{two}", dataset=""))
-    bad = write(tmp_path / "c.jsonl", [{"prompt": "1+2", "text": "3"}])
+    bad = write_rows(tmp_path / "c.jsonl", [{"prompt": "1+2", "text": "3"}])
     with pytest.raises(ValueError, match="c.jsonl, row 1: no completion"):
         judge.main(some_args(tmp_path, tiny, contestants=f"{one},{bad}", dataset=""))
 
@@ -637,7 +627,7 @@ def test_resume_in_the_middle_is_the_unbroken_run(
 ):
     """Killed in a step behind a checkpoint, or in the first one, before there is any."""
     (tmp_path / "b").mkdir()
-    policies = f"old={tiny},new={write(tmp_path / 'n.jsonl', [])}"
+    policies = f"old={tiny},new={write_rows(tmp_path / 'n.jsonl', [])}"
     completions(
         tmp_path / "n.jsonl", [row["rejected"] for row in ROWS], [r["prompt"] for r in ROWS]
     )
@@ -656,7 +646,7 @@ def test_resume_in_the_middle_is_the_unbroken_run(
     with pytest.raises(Killed):
         judge.main(args)
     path = tmp_path / "b/judgements.jsonl"
-    assert (len(read(path)) if path.exists() else 0) == left
+    assert (len(read_rows(path)) if path.exists() else 0) == left
     path.open("a").write('{"half": 1}\n')  # written after the checkpoint
     args.resume = True
     judge.main(args)
@@ -671,7 +661,7 @@ def test_resume_in_the_middle_is_the_unbroken_run(
 def test_rows_for_sft_by_hand(tmp_path, tiny, capsys):
     rows = [ROWS[0], {"prompt": "5", "chosen": "5", "rejected": "5"}]
     judge.main(some_args(tmp_path, "no model is loaded", rows, write_sft=True))
-    assert read(tmp_path / "run/sft.jsonl") == [
+    assert read_rows(tmp_path / "run/sft.jsonl") == [
         {"prompt": "1+2\n[A]\n3\n[B]\n12\n", "completion": "[[A]]"},
         {"prompt": "1+2\n[A]\n12\n[B]\n3\n", "completion": "[[B]]"},
     ]
@@ -683,7 +673,7 @@ def test_rows_for_sft_by_hand(tmp_path, tiny, capsys):
 
 def test_the_toys_judge_tells_right_from_wrong(tmp_path):
     """It agrees with raters whose pairs it has not seen; turned round, it disagrees."""
-    rows = read(ROOT / "toy/pref_test.jsonl")[:80]
+    rows = read_rows(ROOT / "toy/pref_test.jsonl")[:80]
     judged, results = run(some_args(tmp_path, str(ROOT / "toy/judge"), rows, batch_size=40))
     got = values(results)
     assert got["agreement_soft"] > 0.7 and got["agreement"] > 0.7 and got["verdict_mass"] > 0.98
@@ -697,7 +687,7 @@ def test_the_toys_judge_tells_right_from_wrong(tmp_path):
 
 
 def test_the_toys_judge_writes_the_verdict_that_its_logits_say(tmp_path):
-    rows = read(ROOT / "toy/pref_test.jsonl")[:24]
+    rows = read_rows(ROOT / "toy/pref_test.jsonl")[:24]
     model = str(ROOT / "toy/judge")
     flags = dict(batch_size=24, max_explanation_tokens=16)
     by_logits, _ = run(some_args(tmp_path, model, rows, **flags))
@@ -721,7 +711,7 @@ def test_batch_size_changes_nothing(tmp_path, tiny):
     assert [r["probability"] for r in one] == pytest.approx(
         [r["probability"] for r in two], abs=1e-5
     )
-    assert len(read(tmp_path / "run/metrics.jsonl")) == 1
+    assert len(read_rows(tmp_path / "run/metrics.jsonl")) == 1
 
 
 def test_flags_of_sampling(tmp_path, tiny, monkeypatch):

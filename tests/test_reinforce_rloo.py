@@ -14,14 +14,9 @@ from conftest import ROOT
 
 import reinforce_rloo as rr
 
-pytestmark = pytest.mark.filterwarnings("ignore:over 20")
+pytestmark = [pytest.mark.usefixtures("no_picture"), pytest.mark.filterwarnings("ignore:over 20")]
 
 BASELINES = ["none", "batch", "moving", "rloo", "remax"]
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr(plumbing, "draw_curves", lambda rows, path: None)
 
 
 def tiny_args(tmp_path, **changes):

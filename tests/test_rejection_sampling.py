@@ -24,10 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import plumbing
 import rejection_sampling as rs
 
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr(plumbing, "draw_curves", lambda rows, path: None)
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 def tiny_args(tmp_path, **changes):

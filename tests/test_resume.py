@@ -22,13 +22,10 @@ import rm_bt
 import rm_kwise
 import sft
 
+pytestmark = pytest.mark.usefixtures("no_picture")
+
 TOY = str(ROOT / "toy" / "model")
 both = pytest.mark.parametrize("script", [grpo, sft], ids=["grpo", "sft"])
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr(plumbing, "draw_curves", lambda rows, path: None)
 
 
 @pytest.fixture(scope="module")

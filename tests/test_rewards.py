@@ -524,7 +524,7 @@ def test_a_reward_model_is_taken_before_a_reward(tmp_path):
     reward = write_reward(tmp_path / "mine.py", "return [7.0] * len(rows)")
     folder, tokenizer = tmp_path / "model", make_tokenizer()
     model = save_model(folder, SEQUENCE, tokenizer, 1, reward_bias=0.0, pad_token_id=0)
-    score = plumbing.load_reward(reward, None, str(folder), CPU)
+    score = plumbing.load_reward(reward, None, str(folder))  # on the CPU, if nothing is said
     want = last_score(model, HEAD["bytes"].format("q") + "yes<eos>", tokenizer)
     assert score(["q"], ["yes"], [{}]) == pytest.approx([want], abs=1e-4)
     assert f"--reward-model {folder} failed" in message(score, ["q", "q"], ["yes"], [{}])

@@ -270,6 +270,15 @@ def test_ranks_are_counted_anew_where_equal_completions_are_left_out(tmp_path, t
     test_rm_bt.ranks_are_counted_anew(rm_kwise, tmp_path, tiny)
 
 
+def test_a_probability_that_is_not_used_is_said(tmp_path, capsys):
+    pair = {"prompt": "1", "chosen": "a", "rejected": "b"}
+    rows = [pair, pair | {"probability": None}, pair | {"probability": 0.0}]
+    rm_kwise.read_examples(write(tmp_path / "rows.jsonl", rows))
+    assert "rows.jsonl: 1 rows have a probability" in capsys.readouterr().out
+    rm_kwise.read_examples(write(tmp_path / "rows.jsonl", rows[:2]))
+    assert capsys.readouterr().out == ""
+
+
 def test_completions_are_cut_to_the_models_context(tmp_path, tiny, capsys):
     test_rm_bt.keeps_within_the_context(rm_kwise, tmp_path, tiny, capsys)
 
