@@ -941,26 +941,26 @@ def _is_in_word(text, start):
 
     A currency's code of three capitals is no such word: USD42.
     """
-    before = text[:start]
+    before = text[:start]  # its end is \Z: $ would also be before a last newline
     if before.endswith("^"):
         return before[-2:-1].isalpha()
-    is_code = re.search(r"(?<![A-Za-z])[A-Z]{3}$", before)
+    is_code = re.search(r"(?<![A-Za-z])[A-Z]{3}\Z", before)
     # Chinese and Japanese write digits straight behind words
-    is_letter = re.search(r"[A-Za-z\u00c0-\u024f\u0370-\u052f]$", before)
+    is_letter = re.search(r"[A-Za-z\u00c0-\u024f\u0370-\u052f]\Z", before)
     return bool(is_letter) and not is_code
 
 
 def _goes_on(text, match):
     """Whether the number is part of something longer: a list, a time, a power, a version."""
-    before = re.search(r"\d[,.:^]$|\)\^$|/ ?-?$|sqrt\{?$|\d\.\($", text[: match.start()])
+    before = re.search(r"(?:\d[,.:^]|\)\^|/ ?-?|sqrt\{?|\d\.\()\Z", text[: match.start()])
     behind = re.match(r"[,.:/]\d|\^|[eE][-+]?\d| ?\\(?:pi|sqrt)", text[match.end() :])
     return bool(before or behind)
 
 
 def _is_negative(before):
     """Whether what stands before a number ends with its minus, perhaps with a currency between."""
-    before = re.sub(r"\\?[$\u20ac\u00a3\u00a5] ?$", "", before)
-    sign = re.search(r"(.?)-( *)$", before, re.DOTALL)
+    before = re.sub(r"\\?[$\u20ac\u00a3\u00a5] ?\Z", "", before)
+    sign = re.search(r"(.?)-( *)\Z", before, re.DOTALL)
     if not sign:
         return False
     earlier = before[: sign.start()] + sign[1]

@@ -55,6 +55,9 @@ VALUES = {
     "2 X 10^3": 2000,
     "\u7b54\u6848\u662f42\u4e2a": 42, "\u0661\u066c\u0662\u0663\u0664": 1234,
     "\u0661\u0662\u066b\u0665": F(25, 2),
+    # On a line of its own, whatever the line before it ends with
+    "The answer is\n5": 5, "0+5+1=0A\n6648": 6648, "Step 2:\n42": 42, "1.\n42": 42, "10,\n5": 5,
+    "7/\n5": 5, "USD\n42": 42, "costs $\n5": 5, "so -\n5": 5, "x^\n5": 5, "5^\n3": 3,
     # An ellipsis is no decimal point
     "The answer is...5": 5, "12...15": 15,
 }  # fmt: skip
