@@ -1180,4 +1180,7 @@ def test_two_steps_of_a_real_model(tmp_path, real_model):
     )  # fmt: skip
     rows, weights = run(args)
     assert len(rows) == 2 and all(abs(row["kl"]) < 0.1 for row in rows)
-    assert dataclasses.asdict(args) == json.loads((tmp_path / "run/args.json").read_text())
+    written = json.loads((tmp_path / "run/args.json").read_text())
+    assert written.pop("script") == "grpo"
+    assert set(written.pop("inputs")) == {real_model, str(path)}
+    assert written == dataclasses.asdict(args)
