@@ -122,7 +122,7 @@ class Turns:
     opening: str  # between the user's text and the answer: where an answer begins
     ending: str  # behind an answer: the end of turn and perhaps a newline
     ending_ids: list
-    end: int  # the special token of the ending, or its only token; else the EOS
+    end: int  # the id that ends an answer: see `end_of_turn`
     wants_parts: bool  # a content has to be a list of parts: a text would vanish
 
 
@@ -137,24 +137,46 @@ def _turns_of(tokenizer, *_):
     if not tokenizer.chat_template:
         return Turns("", "", "", [], tokenizer.eos_token_id, False)
     user = [{"role": "user", "content": "@@"}]
-    wants_parts = False
-    try:
-        wants_parts = "@@" not in tokenizer.apply_chat_template(user, tokenize=False)
-    except Exception:  # such as: a text has no key `type`
-        wants_parts = True
+    wants_parts = _wants_parts(tokenizer, user)
     before, _, opening = _render(tokenizer, user, None, wants_parts).rpartition("@@")
     answer = {"role": "assistant", "content": "@@"}
     question = [{"role": "user", "content": "?"}]
-    ending = _render(tokenizer, question, answer, wants_parts).rpartition("@@")[2]
+    _, found, ending = _render(tokenizer, question, answer, wants_parts).rpartition("@@")
+    if not found:
+        raise ValueError("The chat template leaves out what a message of role assistant says.")
     ids = tokenizer(ending, add_special_tokens=False)["input_ids"]
-    special = [token for token in ids if token in tokenizer.added_tokens_decoder]
+    return Turns(before, opening, ending, ids, _end_in(tokenizer, ids), wants_parts)
+
+
+def _wants_parts(tokenizer, user):
+    """Whether the template wants contents as lists of parts: a text would vanish, or be refused."""
+    texts = []
+    for wants_parts in (False, True):
+        # A template that wants parts drops a text, or fails at it
+        with contextlib.suppress(ValueError):
+            texts.append(_render(tokenizer, user, None, wants_parts))
+            if "@@" in texts[-1]:
+                return wants_parts
+    if not texts:
+        _render(tokenizer, user, None, wants_parts=False)  # raises
+    raise ValueError("The chat template leaves out what a message of role user says.")
+
+
+def _end_in(tokenizer, ids):
+    """Ids behind an answer -> the one that ends it: see `end_of_turn`."""
+    is_special = [token in tokenizer.added_tokens_decoder for token in ids]
     written = [token for token in ids if tokenizer.decode([token]).strip()]
-    end = tokenizer.eos_token_id
-    if special:
-        end = special[0]
-    elif len(written) == 1:
-        end = written[0]
-    return Turns(before, opening, ending, ids, end, wants_parts)
+    if any(is_special):
+        first = is_special.index(True)
+        last = first
+        while last < len(ids) and is_special[last]:
+            last += 1
+        if tokenizer.eos_token_id in ids[first:last]:  # Cohere's templates end an answer, then
+            return tokenizer.eos_token_id  # the turn
+        return ids[first]
+    if len(written) == 1:
+        return written[0]
+    return tokenizer.eos_token_id
 
 
 def content_text(content):
@@ -289,15 +311,16 @@ def after_answer(tokenizer):
 
 
 def end_of_turn(tokenizer):
-    """Id that closes a completion: the first special token of `after_answer`, or its only token
-    that is not blank; else the EOS."""
+    """Id that closes a completion: of `after_answer` the first special token, or an EOS that comes
+    right behind it; without a special token the only one that is not blank; else the EOS."""
     return turns_of(tokenizer).end
 
 
 def _without_end(tokenizer, answer):
     """An answer (a text or a message) without an end of turn that its text already has."""
     text = _text_of(answer)
-    for mark in (tokenizer.decode([end_of_turn(tokenizer)]), tokenizer.eos_token):
+    turns = turns_of(tokenizer)
+    for mark in (turns.ending.strip(), tokenizer.decode([turns.end]), tokenizer.eos_token):
         if mark and text.rstrip().endswith(mark):
             text = text.rstrip().removesuffix(mark)
     return text if isinstance(answer, str) else answer | {"content": text}
@@ -434,10 +457,8 @@ def _call(model, net, ids, mask, cache=None, keep=0):
     attention_mask = mask.long()
     if cache is not None and ids.shape[1] == 1:
         kinds = {type(layer).__name__ for layer in cache.layers}
-        if kinds == {
-            "LinearAttentionLayer"
-        }:  # without attention it would mask the new token's state
-            attention_mask = None
+        if kinds == {"LinearAttentionLayer"}:
+            attention_mask = None  # a model without attention would mask the new token's state
     # Releases of transformers 5 differ in the name of this argument
     known = inspect.signature(net.forward).parameters
     names = [name for name in ("cache", "cache_params") if name in known]

@@ -383,6 +383,8 @@ def check_args(args, num_rows):
             f"--num-generations {args.num_generations} --temperature {args.temperature}: a group "
             "needs at least 2 sampled completions, to be compared with each other"
         )
+    if args.supervision == "process" and not args.step_separator:
+        stop("--step-separator is empty: --supervision process needs a text that ends each step")
     if args.missing_eos_penalty is not None and args.supervision == "process":
         stop("--missing-eos-penalty is one number per completion: not with --supervision process")
     if args.loss == "gspo" and args.supervision == "process":

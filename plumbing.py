@@ -93,9 +93,9 @@ def run_script(main, Args, toy):
     A ValueError that our own files raise is a mistake of the user: it ends the program with one
     line and exit code 1. Any other exception is a fault of the code and keeps its traceback.
     """
-    args = parse_args(Args, toy)
-    quieten_transformers()
     try:
+        args = parse_args(Args, toy)
+        quieten_transformers()
         main(args)
     except ValueError as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
@@ -150,6 +150,7 @@ RANGES = {
     "temperature": (0, 100),
     "judge_temperature": (0, 100),
     "feedback_temperature": (0, 100),
+    "max_grad_norm": (1e-9, math.inf),
     "eta": (1e-9, math.inf),
     "kl_horizon": (1, math.inf),
     "rounds": (1, math.inf),
@@ -664,7 +665,7 @@ def check_texts(tokenizer, model, rows):
     if rendered:
         print(
             f"{len(rendered)} of {len(rows)} prompts hold the turns of the chat template already: "
-            "they are taken as they are"
+            "they are taken as they are (a reward model with another template needs the messages)"
         )
     chats = [row.get("messages") or row.get("prompt") for row in rows]
     has_tools = any(isinstance(chat, list) and chat[0].get("tools") for chat in chats)
@@ -1022,10 +1023,12 @@ def load_reward(
         given = copy.deepcopy((prompts, completions, rows))
         has_grad = torch.is_grad_enabled()
         dtype_before = torch.get_default_dtype()
+        folder = os.getcwd()
         with _no_exit(name), stop_on_error(f"{name} failed"):
             returned = function(*given)
             torch.set_grad_enabled(has_grad)  # a judge may have switched it off for good,
-            torch.set_default_dtype(dtype_before)  # or have loaded its model in another dtype
+            torch.set_default_dtype(dtype_before)  # have loaded its model in another dtype,
+            os.chdir(folder)  # or have run programs in a folder of their own
             if returned is None or isinstance(returned, dict | set | str):
                 kind = type(returned).__name__
                 raise ValueError(f"it returned a value of type {kind}, not a list of numbers")
@@ -1162,6 +1165,8 @@ def _foreign_reward(path, model, micro_batch_size):
     if first_position is not None:  # RoBERTa counts positions from behind this one
         room = min(model.context - first_position - 1, tokenizer.model_max_length)
     pad_id = model.config.get_text_config().pad_token_id
+    if pad_id is not None and not 0 <= pad_id < len(model.get_input_embeddings().weight):
+        pad_id = None  # such as the -1 of old LLaMA conversions
     size = 1 if pad_id is None else micro_batch_size  # it finds ends of texts by their padding
 
     @torch.no_grad()
@@ -1411,8 +1416,9 @@ class Run:
         with stop_on_error(f"--resume: cannot read {self.folder / 'args.json'}"):
             old = json.loads((self.folder / "args.json").read_text())
         for name, value in vars(self.args).items():
-            may_change = name in ("resume", "overwrite", "num_steps", "show_rows")
-            if old.get(name) != value and not may_change:
+            # The folder may have been moved, or be spelt in another way
+            may_change = ("resume", "overwrite", "output_dir", "num_steps", "show_rows")
+            if old.get(name) != value and name not in may_change:
                 flag = f"--{name.replace('_', '-')}"
                 stop(
                     f"--resume: {self.folder} began with {flag} {old.get(name)}, not {value} "
@@ -1894,7 +1900,7 @@ def talk(path):
     while True:
         try:
             prompt = input("> ")
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         if not prompt:
             return
@@ -1913,3 +1919,5 @@ if __name__ == "__main__":
         talk(sys.argv[1])
     except ValueError as error:
         sys.exit(f"plumbing.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

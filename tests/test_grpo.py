@@ -441,7 +441,7 @@ def test_the_gradient_is_that_of_the_textbook(tmp_path, monkeypatch, beta, size)
     """One step of main from the first weights, beside a plain loop over single sequences; with a
     reference that differs from the policy."""
     loaded = other_weights(grpo, monkeypatch)
-    args = tiny_args(tmp_path, num_steps=1, beta=beta, max_grad_norm=1e-30, learning_rate=0.0,
+    args = tiny_args(tmp_path, num_steps=1, beta=beta, max_grad_norm=1e-9, learning_rate=0.0,
                      micro_batch_size=size)  # fmt: skip
     rows, weights = run(args)
     row = rows[0]
@@ -921,6 +921,7 @@ def flag_step_separator(run, base, folder):
     shell = run(step_separator="\\n", **lines)
     assert shell.untimed() == run(**lines).untimed()
     observe.refused(run, "--step-separator", "numbers for the", **process)
+    observe.refused(run, "--step-separator is empty", step_separator="", **process)
 
 
 def flag_temperature(run, base, folder):

@@ -90,6 +90,24 @@ def test_stop_on_error_leaves_the_rest_alone():
         assert str(raised.value) == "mine"
 
 
+@pytest.mark.parametrize("where", ["parse_args", "main"])
+def test_a_kill_by_hand_is_one_line(where, monkeypatch, capsys):
+    """At any moment from the reading of the flags on."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["grpo.py"])
+    main = interrupted
+    if where == "parse_args":
+        monkeypatch.setattr(plumbing, "parse_args", interrupted)
+        main = None
+    with pytest.raises(SystemExit) as raised:
+        plumbing.run_script(main, Args, TOY)
+    assert raised.value.code == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 # --- Flags ----------------------------------------------------------------------------------------
 
 
@@ -509,8 +527,8 @@ def test_what_comes_after_an_answer(end, start):
     end = end.replace("\\n", "\n")
     for again in (tokenizer, closing(tokenizer, "<bos> $A <eos>")):
         assert common.after_answer(again) == ids_of(tokenizer, end)
-    first = {"<turn>\n": "<turn>", "<turn><eos>": "<turn>"}.get(end, "<eos>")
-    assert plumbing.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids(first)
+    closing_token = "<turn>" if end == "<turn>\n" else "<eos>"
+    assert plumbing.end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids(closing_token)
 
 
 def test_without_a_template_a_completion_ends_with_the_eos():
@@ -835,6 +853,7 @@ LIMITS = {
     "temperature": (0.0, 100.0, -0.1, 101.0),
     "judge_temperature": (0.0, 100.0, -0.1, 101.0),
     "feedback_temperature": (0.0, 100.0, -0.1, 101.0),
+    "max_grad_norm": (1e-9, 1e300, 0.0, None),
     "eta": (1e-9, 1e300, 0.0, None),
     "kl_horizon": (1, 10**9, 0, None),
     "rounds": (1, 10**9, 0, None),
@@ -1049,6 +1068,9 @@ def test_resume_needs_the_same_flags(tmp_path, capsys):
         flag = f"--{name.replace('_', '-')}"
         assert f"began with {flag} {old}, not {value} (only --num-steps may change)" in text
     assert "--new None, not 1" in message(plumbing.Run, some_args(folder, resume=True, new=1))
+    plumbing.Run(some_args(f"{folder}/", resume=True))
+    folder = folder.rename(tmp_path / "moved")
+    plumbing.Run(some_args(folder, resume=True))
     capsys.readouterr()
     plumbing.Run(some_args(folder, resume=True, overwrite=True))
     assert capsys.readouterr().out == ""

@@ -133,3 +133,10 @@ def test_a_cut_off_completion_has_no_end(tmp_path):
     [got] = score_of(tmp_path)(["a"], ["bc"], [{"ended": False}])
     with torch.no_grad():
         assert got == pytest.approx(model(input_ids=ids).logits[0, 0].item(), abs=1e-4)
+
+
+def test_a_pad_id_that_no_token_has(tmp_path):
+    """Old LLaMA conversions have -1: it finds no end of a text in a batch."""
+    tokenizer = make_tokenizer()
+    model = save("Llama", tokenizer, tmp_path, pad_token_id=-1)
+    check(model, tokenizer, tmp_path)

@@ -1,6 +1,7 @@
 """common.py's rewards beside plain loops: files, reward models, greedy rewards, the KL."""
 
 import math
+import os
 import sys
 
 import pytest
@@ -255,13 +256,16 @@ def test_an_exit_in_a_reward_is_no_end_of_the_run(tmp_path, code):
     assert message(score, ["p"], ["c"], [{}]) == f"--reward {reward} {called}"
 
 
-def test_what_a_reward_sets_in_torch_ends_with_it(tmp_path):
-    """As judges do that load a model of their own."""
+def test_what_a_reward_sets_ends_with_it(tmp_path, monkeypatch):
+    """As judges do that load a model of their own, or run a program in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
     body = "torch.set_grad_enabled(False)\ntorch.set_default_dtype(torch.float64)\n"
+    body += "import os\nos.chdir('/')\n"
     body += "return [1.0] * len(rows)"
     score = plumbing.load_reward(write_reward(tmp_path / "mine.py", body), None)
     assert score(["q"], ["a"], [{}]) == [1.0]
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert os.getcwd() == str(tmp_path)
 
 
 @pytest.mark.parametrize("by_step", [False, True])

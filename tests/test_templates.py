@@ -256,6 +256,38 @@ def test_an_end_of_turn_that_is_no_special_token():
     assert ids == [*ids_of(tokenizer, "a"), tokenizer.eos_token_id]
 
 
+def test_a_turn_that_ends_with_two_special_tokens():
+    """Cohere's templates close an answer, then the turn; the EOS is the second of these."""
+    tokenizer = make_tokenizer(chat=False)
+    special = ["<|user|>", "<|answer|>", "<|end_answer|>", "<|end_turn|>"]
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.eos_token = "<|end_turn|>"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ '<|user|>' + m['content'] + '<|end_turn|>' }}{% else %}"
+        "{{ '<|answer|>' + m['content'] + '<|end_answer|><|end_turn|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|answer|>' }}{% endif %}"
+    )
+    prompt_ids, [ids] = common.encode_answers(tokenizer, "Say hi.", ["Hello."])
+    whole = ids_of(tokenizer, rendering(tokenizer, chat_of("Say hi.", "Hello.")))
+    assert prompt_ids + ids == whole and ids[-1] == tokenizer.eos_token_id
+    for ending in ("<|end_turn|>", "<|end_answer|><|end_turn|>"):
+        _, [same] = common.encode_answers(tokenizer, "Say hi.", ["Hello." + ending])
+        assert same == ids
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_template_that_leaves_a_role_out_is_refused(role):
+    """Such as one that knows the roles human and gpt alone: the question would vanish."""
+    tokenizer = make_tokenizer(chat=False)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] != 'ROLE' %}{{ m['role'] + ':' + m['content'] }}"
+        "{% endif %}{% endfor %}".replace("ROLE", role)
+    )
+    with pytest.raises(ValueError, match=f"leaves out what a message of role {role} says"):
+        common.encode_answers(tokenizer, "Say hi.", ["Hello."])
+
+
 @pytest.mark.parametrize("separator", ["\n", "\n\n", "\u043a\u0438", "\u3002", ". "])
 def test_steps_end_in_the_text(separator):
     """With as many ends as steps, each at the token that ends its separator."""
