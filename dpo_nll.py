@@ -43,7 +43,16 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import completion_logps, encode, encode_answers, fixed_logps, generate
+from common import (
+    add_up,
+    add_up_gradients,
+    completion_logps,
+    deal_out,
+    encode,
+    encode_answers,
+    fixed_logps,
+    generate,
+)
 from plumbing import (
     Run,
     answer_text,
@@ -483,15 +492,14 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
     score = load_reward(args.reward, verifier, *model_options)
-    recompute = args.gradient_checkpointing
-    policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
+    load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
+    policy = load_model(*load_again, args.gradient_checkpointing)
     max_length = min(args.max_length, policy.context)
     rows, pairs, eval_pairs, eval_rows = load_data(args, tokenizer, policy, max_length)
     check_args(args, pairs)
     policy.context = max_length  # what is sampled must fit in training, too
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     num_pairs = args.num_pairs if args.iterations else len(pairs)
-    load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
     ref = None if args.precompute_ref else load_model(*load_again)
     steps_per_iteration = math.ceil(num_pairs * args.num_epochs / args.batch_size)
     num_steps = steps_per_iteration * max(1, args.iterations)
@@ -558,9 +566,9 @@ def main(args: Args):
             ref_logps = torch.tensor([pair["ref_logps"] for pair in drawn]).to(device)
 
         # 2. Log-probs and loss; each micro-batch weighs as much as its share of the step's pairs
-        loss, nll = 0.0, 0.0
+        totals = torch.zeros(2, device=device)  # loss, NLL
         logps = torch.zeros_like(ref_logps)
-        for mb in batch.split(args.micro_batch_size, whole_prompts=True):
+        for mb in deal_out(batch.split(args.micro_batch_size, whole_prompts=True)):
             part = batch.rows(mb)
             pair = batch.prompt_of[mb][::2]  # indices of the pairs: chosen and rejected alternate
             token_logps = completion_logps(policy, part, 1.0, args.share_prompts)
@@ -572,9 +580,11 @@ def main(args: Args):
             share = len(pair) / len(drawn)
             mb_loss = dpo_nll_loss(mb_loss, mb_nll, args.alpha) * share
             mb_loss.backward()
-            loss += mb_loss.item()
-            nll += mb_nll.item() * share
+            totals += torch.stack([mb_loss.detach(), mb_nll.detach() * share])
             logps[pair] = mb_logps.detach()
+        loss, nll = add_up(totals).tolist()
+        add_up(logps)
+        add_up_gradients(policy)
 
         # 3. Gradient step
         lr = scheduler.get_last_lr()[0]
