@@ -92,17 +92,18 @@ def feedback_table(folder):
         if entry["outcome"] != "compared":
             continue
         for i, principle in enumerate(entry["principles"]):
-            num_objected = sum("?" in critique for critique in entry["critiques"][i])
+            objected = ["?" in critique for critique in entry["critiques"][i]]
+            to = "neither or both" if objected[0] == objected[1] else "one answer"
             logps = entry["letter_logps"][i : i + 1]
             label = feedback_probability(torch.tensor(logps)).item()
             alone = entry | {"letter_logps": logps, "probability": label}
-            parts.setdefault((principle, num_objected), []).append(alone)
+            parts.setdefault((principle, to), []).append(alone)
     print("| principle | objected to | comparisons | contradictions | accuracy |")
     print("|---|---|---|---|---|")
-    for (principle, num_objected), part in sorted(parts.items()):
+    for (principle, to), part in sorted(parts.items()):
         metrics = comparison_metrics(part, [row_of[entry["prompt"]] for entry in part])
         accuracy = metrics.get("accuracy", float("nan"))
-        cells = [principle, f"{num_objected} of 2", str(len(part))]
+        cells = [principle, to, str(len(part))]
         cells += [f"{metrics['contradictions'].item():.3f}", f"{accuracy:.3f}"]
         print("|", " | ".join(cells), "|")
 
