@@ -3,9 +3,8 @@
     python benchmarks/constitutional_loop.py runs/loop
 
 The critic revises the policy's answers; the policy is fine-tuned on the revisions; the critic
-compares two answers of the start policy to each prompt; a reward model learns its soft labels; GRPO
-trains the fine-tuned policy on that reward model. The verifier only measures. A stage that is done
-is not run again.
+compares two answers of each prompt; a reward model learns its soft labels; GRPO trains the policy
+on that reward model. The verifier only measures. A stage that is done is not run again.
 
     python benchmarks/constitutional_loop.py --feedback runs/feedback
 
@@ -50,10 +49,10 @@ STAGES = {  # folder: command; {} is the folder of the loop
     "revise": "constitutional_ai.py",
     "sft": f"sft.py --model toy/model --dataset {{}}/revise/revisions.jsonl {SFT}",
     "compare": (
-        f"constitutional_ai.py --stage compare --model toy/model {PROBLEMS} {CRITIC} --seed 1 "
-        "--num-prompts 2000 --num-principles 3 --batch-size 250"
+        f"constitutional_ai.py --stage compare --model {{}}/sft/final {PROBLEMS} {CRITIC} --seed 1 "
+        "--num-prompts 1000 --num-principles 3 --batch-size 250"
     ),
-    "rm": f"rm_bt.py --model toy/model --dataset {{}}/compare/preferences.jsonl {RM}",
+    "rm": f"rm_bt.py --model {{}}/sft/final --dataset {{}}/compare/preferences.jsonl {RM}",
     "grpo": (
         f"grpo.py --model {{}}/sft/final --reward-model {{}}/rm/final {PROBLEMS} "
         f"--eval-dataset toy/problems_test.jsonl {GRPO}"
