@@ -1676,9 +1676,9 @@ class Run:
         size = f"{parameters / 1e6:.1f} million parameters"
         if getattr(args, "from_scratch", False):
             size += ", drawn at random (--from-scratch)"
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if trained < parameters:
-            size += f", {trained / 1e6:.2f} million of them trained (--lora-rank {args.lora_rank})"
+        if _has_adapters(model):
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            size += f", {trained:,} of them trained (--lora-rank {args.lora_rank})"
         dtype = "bfloat16 autocast" if model.autocast_dtype else "float32"
         print(f"{_near(args.model)}: {size}, on {model.device} in {dtype}")
         held_out = f"{num_held_out} held out"
