@@ -901,7 +901,7 @@ def _add_adapters(model, path, rank):
 
     B begins at 0: the model computes what it did. Trained are the adapters, in float32, and the
     head of a reward model or critic, not that of a language model. Where the forward pass is in
-    bfloat16, frozen layers that lose nothing by it (they were saved in it) are held in bfloat16.
+    bfloat16, frozen linear layers are held in it: autocast would round them in each pass.
     """
     if not rank:
         return
@@ -921,12 +921,21 @@ def _add_adapters(model, path, rank):
     for name, parameter in model.named_parameters():
         is_of_head = name.startswith(("score.", "classifier."))
         parameter.requires_grad_(".lora_" in name or is_of_head)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        layers["head"] = head
     if model.autocast_dtype:
         for layer in layers.values():
-            rounded = layer.weight.data.to(model.autocast_dtype)
-            if torch.equal(rounded.float(), layer.weight):
-                layer.weight.data = rounded
+            _round(layer, model.autocast_dtype)
     model.lora_config = config
+
+
+def _round(layer, dtype):
+    """Hold the weight of a linear layer in dtype; what that loses stays on the CPU, for final/."""
+    exact = layer.weight.data
+    layer.weight.data = exact.to(dtype)
+    if not torch.equal(layer.weight.float(), exact):
+        layer.register_buffer("exact_weight", exact.cpu(), persistent=False)
 
 
 def _has_adapters(model):
@@ -967,22 +976,33 @@ def reference_of(policy):
     return reference.eval()
 
 
-def _without_adapters(model, merge=False):
-    """A model of the same tensors with plain layers in the place of the adapted ones.
-
-    merge: new weights W + (alpha / rank) B A for these, in float32, on the CPU.
-    """
+def _without_adapters(model):
+    """A model of the same tensors with plain layers in the place of the adapted ones."""
     tensors = [*model.parameters(), *model.buffers()]
     plain = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     for name, layer in list(plain.named_modules()):
-        if not hasattr(layer, "base_layer"):
-            continue
-        if merge:
-            weight = layer.base_layer.weight.float() + layer.get_delta_weight("default")
-            layer.base_layer.weight = torch.nn.Parameter(weight.detach().cpu())
-        plain.set_submodule(name, layer.base_layer)
+        if hasattr(layer, "base_layer"):
+            plain.set_submodule(name, layer.base_layer)
     plain.lora_config = None
     return plain
+
+
+def _merged(model):
+    """A plain model with the weights W + (alpha / rank) B A, in float32, these on the CPU."""
+    plain = _without_adapters(model)
+    for name, layer in model.named_modules():
+        if hasattr(layer, "base_layer"):
+            weight = _exact(layer.base_layer) + layer.get_delta_weight("default").detach().cpu()
+            plain.get_submodule(name).weight = torch.nn.Parameter(weight)
+    head = plain.get_output_embeddings()
+    if head is not None and head.weight.dtype != torch.float32:
+        head.weight = torch.nn.Parameter(_exact(head))
+    return plain
+
+
+def _exact(layer):
+    """Weight of a linear layer before `_round`, in float32 on the CPU."""
+    return getattr(layer, "exact_weight", layer.weight).detach().float().cpu()
 
 
 def _save_adapter(model, folder):
@@ -1879,7 +1899,7 @@ class Run:
     def _save_model(self, name, model, tokenizer):
         def write(new):
             if _has_adapters(model):
-                _without_adapters(model, merge=True).save_pretrained(new)
+                _merged(model).save_pretrained(new)
                 _save_adapter(model, new / "adapter")
             else:
                 model.save_pretrained(new)

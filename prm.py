@@ -178,7 +178,7 @@ class CobbeHead(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden):
-        return self.gain * F.linear(hidden, self.weight[-1:]) + self.bias
+        return self.gain * F.linear(hidden, self.weight[-1:].float()) + self.bias
 
     def linear(self):
         """The linear layer that is the same function, for saving."""

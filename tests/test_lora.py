@@ -160,25 +160,30 @@ def test_the_reference_of_a_policy_that_recomputes_does_not(tiny, batch):
     assert not reference.recompute and not reference.is_gradient_checkpointing
 
 
-@pytest.mark.parametrize("saved, dtype, held", [
-    (torch.bfloat16, "bfloat16", torch.bfloat16),
-    (torch.bfloat16, "float32", torch.float32),
-    (torch.float32, "bfloat16", torch.float32),  # rounding would lose what was trained
-])  # fmt: skip
-def test_frozen_layers_are_held_in_bfloat16_where_nothing_is_lost(
-    saved, dtype, held, batch, tmp_path
-):
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_frozen_layers_are_held_in_the_dtype_of_the_forward_pass(saved, dtype, batch, tmp_path):
+    """With the same log-probs; what is saved has lost nothing."""
     path = save(tmp_path, "llama", saved)
     policy = load(path, dtype=dtype)
-    dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
-    adapted = {kind for name, kind in dtypes.items() if name.endswith("base_layer.weight")}
-    others = {kind for name, kind in dtypes.items() if not name.endswith("base_layer.weight")}
-    assert adapted == {held} and others == {torch.float32}
+    held = {name: p.dtype for name, p in policy.named_parameters()}
+    frozen = {held[name] for name in held if name.endswith("base_layer.weight")}
+    assert frozen == {held["lm_head.weight"]} == {getattr(torch, dtype)}
+    others = {name for name in held if "base_layer" not in name and name != "lm_head.weight"}
+    assert {held[name] for name in others} == {torch.float32}
     start = common.fixed_logps(load(path, rank=0, dtype=dtype), batch)
     assert torch.equal(common.fixed_logps(policy, batch), start)
     move(policy)
-    merged = plumbing._without_adapters(policy, merge=True)
-    assert {parameter.dtype for parameter in merged.parameters()} == {torch.float32}
+    want = load(path, rank=0).state_dict()
+    for name, product in products(policy).items():
+        want[name] = want[name] + product
+    merged = plumbing._merged(policy)
+    assert merged.state_dict().keys() == want.keys()
+    for name, weight in merged.state_dict().items():
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight, want[name], rtol=1e-6, atol=1e-6)
+    exact = torch.equal(want["lm_head.weight"], merged.lm_head.weight)
+    assert exact and policy.lm_head.weight.dtype == getattr(torch, dtype)
 
 
 def test_which_layers_are_adapted(tmp_path):
@@ -212,6 +217,7 @@ def test_a_head_is_trained_whole(auto_class, tiny):
 
 SAMPLED = dict(num_steps=2, num_prompts=2, num_generations=3, max_new_tokens=8)
 PAIRS = dict(batch_size=6)
+BY_LM = dict(supervision="outcome", head="cobbe", lm_coef=0.1)
 SCRIPTS = {
     "grpo": (grpo, "problems", SAMPLED),
     "ppo": (
@@ -232,7 +238,9 @@ SCRIPTS = {
     "rm_bt": (rm_bt, "pref", PAIRS | dict(nll_coef=0.1)),
     "rm_kwise": (rm_kwise, "kwise", PAIRS),
     "prm": (prm, "prm", PAIRS),
-    "prm, cobbe": (prm, "orm", PAIRS | dict(supervision="outcome", head="cobbe", lm_coef=0.1)),
+    "prm, cobbe": (prm, "orm", PAIRS | BY_LM),
+    "prm, cobbe, bfloat16": (prm, "orm", PAIRS | BY_LM | dict(dtype="bfloat16")),
+    "grpo, bfloat16": (grpo, "problems", SAMPLED | dict(dtype="bfloat16")),
 }  # fmt: skip
 
 
