@@ -1017,7 +1017,7 @@ def _save_adapter(model, folder):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             key = "base_model.model." + name.replace(".default.", ".")
-            weights[key] = parameter.detach().contiguous()
+            weights[key] = parameter.detach().cpu().contiguous()
     heads = [name for name in ("score", "classifier") if hasattr(model, name)]
     config.modules_to_save = heads or None
     config.inference_mode = True
