@@ -69,6 +69,7 @@ from plumbing import (
     load_splits,
     load_tokenizer,
     pick_device,
+    reference_of,
     run_script,
     show_batch,
     soft_label,
@@ -139,6 +140,9 @@ class Args:
     max_length: int = 1024
     """most tokens of a prompt and its completion together; longer completions are cut"""
     learning_rate: float = 7e-7  # peak learning rate of AdamW (Pang et al.: 7e-7)
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule after the warm-up; linear and cosine fall to 0"""
     warmup_ratio: float = 0.1  # fraction of the steps used for linear warm-up (Tulu 3: 0.1)
@@ -406,6 +410,8 @@ def check_args(args, pairs):
     """Stop where flags contradict each other, or --margin-scale has nothing to scale."""
     if args.loss != "rebel" and not args.beta:
         stop("--beta 0: without it the loss does not see the policy")
+    if args.lora_rank and not args.precompute_ref:
+        stop("--no-precompute-ref keeps a second model, which --lora-rank is there to do without")
     if args.iterations and (args.num_generations < 2 or not args.temperature):
         stop(
             f"--num-generations {args.num_generations} --temperature {args.temperature}: a pair "
@@ -493,7 +499,7 @@ def main(args: Args):
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
     score = load_reward(args.reward, verifier, *model_options)
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
-    policy = load_model(*load_again, args.gradient_checkpointing)
+    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
     max_length = min(args.max_length, policy.context)
     rows, pairs, eval_pairs, eval_rows = load_data(args, tokenizer, policy, max_length)
     check_args(args, pairs)
@@ -518,7 +524,7 @@ def main(args: Args):
     def report():
         if not eval_pairs and not eval_rows:
             return
-        start_model = load_model(*load_again)
+        start_model = reference_of(policy) or load_model(*load_again)
         metrics = {}
         if eval_pairs:
             logps = all_logps(policy, tokenizer, eval_pairs, max_length, args)

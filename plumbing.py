@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import transformers
 import tyro
+from safetensors.torch import save_file
 from torch.nn.functional import pad as pad_tensor
 from tqdm import tqdm
 
@@ -814,15 +815,22 @@ def last_tokens(mask):
 
 
 def load_model(
-    auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False, new_head=0
+    auto_class,
+    path,
+    device,
+    dtype="auto",
+    checkpointing=False,
+    lora_rank=0,
+    from_scratch=False,
+    new_head=0,
 ):
     """Model of a transformers auto class, from a folder or hub name, on `device`, in eval mode.
 
     Weights are float32 whatever the file has: in bfloat16, updates at these learning rates would be
     rounded away. dtype: "bfloat16" runs forward passes in bfloat16 autocast, "auto" does so where
-    cuda supports it. checkpointing: recompute activations in the backward pass. from_scratch:
-    random weights. new_head: labels of a classification head that the file need not have;
-    model.has_new_head says whether it was made.
+    cuda supports it. checkpointing: recompute activations in the backward pass. lora_rank: see
+    `_add_adapters`. from_scratch: random weights. new_head: labels of a classification head that
+    the file need not have; model.has_new_head says whether it was made.
     """
     with _stop_without("model", path):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -833,14 +841,7 @@ def load_model(
         has_generic_head = not is_policy and _register_head(auto_class, config)
         config.num_labels = new_head or config.num_labels
         _switch_off_dropout(config)
-        if from_scratch:
-            model = auto_class.from_config(config, dtype=torch.float32)
-            missing = []
-        else:
-            model, info = auto_class.from_pretrained(
-                path, config=config, dtype=torch.float32, output_loading_info=True
-            )
-            missing = info["missing_keys"]
+        model, missing = _read_weights(auto_class, path, config, from_scratch)
     head = set()
     if new_head:
         head = {key for key in missing if key.startswith(("score.", "classifier."))}
@@ -855,7 +856,18 @@ def load_model(
     model.context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    _add_adapters(model, path, lora_rank)
     return model
+
+
+def _read_weights(auto_class, path, config, from_scratch):
+    """-> model in float32, names of the weights that the file lacks."""
+    if from_scratch:
+        return auto_class.from_config(config, dtype=torch.float32), []
+    model, info = auto_class.from_pretrained(
+        path, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    return model, info["missing_keys"]
 
 
 def _register_head(auto_class, config):
@@ -937,6 +949,173 @@ def check_finite(loss, grad_norm):
             f"the loss is {loss}, the norm of the gradient {grad_norm}: lower --learning-rate, or "
             "look at the rewards; --resume goes on from the last checkpoint"
         )
+
+
+# --- LoRA: low-rank adapters (Hu et al. 2021, arXiv:2106.09685) -----------------------------------
+
+# An adapted layer computes W x + (alpha / rank) B A x. With an alpha that does not grow with the
+# rank, a learning rate that suits one rank suits others (Hu et al., section 4.1); with 32, LoRA
+# takes about ten times the learning rate of full fine-tuning (Schulman et al. 2025, "LoRA without
+# regret").
+LORA_ALPHA = 32
+
+
+def _import_peft():
+    """-> the package peft, which makes the adapters."""
+    try:
+        import peft
+    except ImportError:
+        stop('--lora-rank needs the package peft: pip install -e ".[lora]"')
+    return peft
+
+
+def _check_lora(args):
+    """Stop, before anything is loaded, where --lora-rank cannot work."""
+    if not getattr(args, "lora_rank", 0):
+        return
+    if getattr(args, "from_scratch", False):
+        stop("--lora-rank adapts weights that were trained before: add --no-from-scratch")
+    _import_peft()
+
+
+def _add_adapters(model, path, rank):
+    """Freeze a model and put an adapter on each linear layer of its backbone; rank 0: leave it.
+
+    B begins at 0: the model computes what it did. Trained are the adapters, in float32, and the
+    head of a reward model or critic, not that of a language model. Where the forward pass is in
+    bfloat16, frozen linear layers are held in it: autocast would round them in each pass.
+    """
+    if not rank:
+        return
+    peft = _import_peft()
+    layers = _linear_layers(model.base_model)
+    if not layers:
+        stop(f"{path}: --lora-rank {rank}: {type(model).__name__} has no linear layer to adapt")
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=LORA_ALPHA,
+        target_modules=list(layers),
+        fan_in_fan_out=not isinstance(next(iter(layers.values())), torch.nn.Linear),
+        base_model_name_or_path=str(path),
+    )
+    with stop_on_error(f"{path}: --lora-rank {rank}: peft cannot adapt it"):
+        peft.inject_adapter_in_model(config, model.base_model)
+    for name, parameter in model.named_parameters():
+        is_of_head = name.startswith(("score.", "classifier."))
+        parameter.requires_grad_(".lora_" in name or is_of_head)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        layers["head"] = head
+    if model.autocast_dtype:
+        for layer in layers.values():
+            _round(layer, model.autocast_dtype)
+    model.lora_config = config
+
+
+def _round(layer, dtype):
+    """Hold the weight of a linear layer in dtype; what that loses stays on the CPU, for final/."""
+    exact = layer.weight.data
+    layer.weight.data = exact.to(dtype)
+    if not torch.equal(layer.weight.float(), exact):
+        layer.register_buffer("exact_weight", exact.cpu(), persistent=False)
+
+
+def _has_adapters(model):
+    return getattr(model, "lora_config", None) is not None
+
+
+def _linear_layers(backbone):
+    """{name: linear layer} of a backbone that an adapter can go on, GPT-2's Conv1D included.
+
+    Of a layer with a convolution (Mamba and others) only what projects its input: fused kernels
+    read the other weights themselves, without adapters. Of a model whose experts are in one tensor
+    no feed-forward layer: peft would take a `gate_proj` beside the experts for one of theirs.
+    """
+    has_experts = any(name.endswith(".gate_up_proj") for name, _ in backbone.named_parameters())
+    layers = {}
+    for name, module in backbone.named_modules():
+        is_linear = isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
+        parent = backbone.get_submodule(name.rpartition(".")[0])
+        is_read_by_kernels = hasattr(parent, "conv1d") and "in_proj" not in name
+        is_beside_experts = has_experts and name.endswith(("gate_proj", "up_proj", "down_proj"))
+        if is_linear and not is_read_by_kernels and not is_beside_experts:
+            layers[name] = module
+    return layers
+
+
+def reference_of(policy):
+    """The policy without its adapters, which is the model that it began as.
+
+    It is made of the same frozen weights and takes no memory of its own. None where the policy has
+    no adapters: then its weights move, and a reference is a second model.
+    """
+    if not _has_adapters(policy):
+        return None
+    reference = _without_adapters(policy)
+    if reference.recompute:
+        reference.recompute = False
+        reference.gradient_checkpointing_disable()
+    return reference.eval()
+
+
+def _without_adapters(model):
+    """A model of the same tensors with plain layers in the place of the adapted ones."""
+    tensors = [*model.parameters(), *model.buffers()]
+    plain = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for name, layer in list(plain.named_modules()):
+        if hasattr(layer, "base_layer"):
+            plain.set_submodule(name, layer.base_layer)
+    plain.lora_config = None
+    return plain
+
+
+def _merged(model):
+    """A plain model with the weights W + (alpha / rank) B A, in float32, these on the CPU."""
+    plain = _without_adapters(model)
+    for name, layer in model.named_modules():
+        if hasattr(layer, "base_layer"):
+            weight = _exact(layer.base_layer) + layer.get_delta_weight("default").detach().cpu()
+            plain.get_submodule(name).weight = torch.nn.Parameter(weight)
+    head = plain.get_output_embeddings()
+    if head is not None and head.weight.dtype != torch.float32:
+        head.weight = torch.nn.Parameter(_exact(head))
+    return plain
+
+
+def _exact(layer):
+    """Weight of a linear layer before `_round`, in float32 on the CPU."""
+    return getattr(layer, "exact_weight", layer.weight).detach().float().cpu()
+
+
+def _save_adapter(model, folder):
+    """Write what was trained in the form of peft: `peft.PeftModel.from_pretrained` loads it."""
+    config = copy.copy(model.lora_config)
+    config.target_modules = sorted(config.target_modules)
+    config.task_type = "CAUSAL_LM"
+    for kind, task in (("SequenceClassification", "SEQ_CLS"), ("TokenClassification", "TOKEN_CLS")):
+        if kind in type(model).__name__:
+            config.task_type = task
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = "base_model.model." + name.replace(".default.", ".")
+            weights[key] = parameter.detach().cpu().contiguous()
+    heads = [name for name in ("score", "classifier") if hasattr(model, name)]
+    config.modules_to_save = heads or None
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _frozen(part):
+    """{name: tensor} of a part's frozen weights, which no checkpoint holds."""
+    if not isinstance(part, torch.nn.Module):
+        return {}
+    frozen = {}
+    for name, parameter in part.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            frozen[name] = parameter.detach()
+    return frozen
 
 
 # --- Numbers in texts -----------------------------------------------------------------------------
@@ -1460,6 +1639,7 @@ class Run:
 
     def __init__(self, args):
         check_flags(args)
+        _check_lora(args)
         self.args = args
         self.folder = Path(args.output_dir).expanduser()
         self.step = 0
@@ -1598,6 +1778,7 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
             if hasattr(part, "load_state_dict"):
+                state[name].update(_frozen(part))
                 part.load_state_dict(state[name])
             else:
                 vars(part).update(state[name])
@@ -1617,6 +1798,9 @@ class Run:
         size = f"{parameters / 1e6:.1f} million parameters"
         if getattr(args, "from_scratch", False):
             size += ", drawn at random (--from-scratch)"
+        if _has_adapters(model):
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            size += f", {trained:,} of them trained (--lora-rank {args.lora_rank})"
         dtype = "bfloat16 autocast" if model.autocast_dtype else "float32"
         where = model.device
         if process()[1] > 1:
@@ -1803,6 +1987,8 @@ class Run:
         for name, part in self.parts.items():
             has_state = hasattr(part, "state_dict")
             state[name] = part.state_dict() if has_state else vars(part)
+            for frozen in _frozen(part):
+                del state[name][frozen]
         self._replace("checkpoint/state.pt", lambda new: torch.save(state, new))
 
     def finish(self, tokenizer, models):
@@ -1825,7 +2011,11 @@ class Run:
 
     def _save_model(self, name, model, tokenizer):
         def write(new):
-            model.save_pretrained(new)
+            if _has_adapters(model):
+                _merged(model).save_pretrained(new)
+                _save_adapter(model, new / "adapter")
+            else:
+                model.save_pretrained(new)
             tokenizer.save_pretrained(new)
             if getattr(model, "has_generic_head", False):
                 (new / "README.md").write_text(GENERIC_HEAD)

@@ -80,6 +80,7 @@ from plumbing import (
     load_tokenizer,
     one_number,
     pick_device,
+    reference_of,
     report_greedy,
     run_script,
     stop,
@@ -138,6 +139,9 @@ class Args:
     learning_rate: float = 3e-6  # peak learning rate of the policy's AdamW, eps 1e-5 (N+: 3e-6)
     critic_learning_rate: float = 3e-6  # peak learning rate of the critic's AdamW
     critic_warmup: int = 0  # number of first steps in which only the critic learns
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """schedule of both learning rates; linear and cosine fall to 0"""
     max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
@@ -321,8 +325,8 @@ def load_critic(args, tokenizer, device):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if "ForTokenClassification" in str(config.architectures):
         auto_class = AutoModelForTokenClassification  # an outcome reward model; its head has a bias
-    recompute = args.gradient_checkpointing
-    critic = load_model(auto_class, path, device, args.dtype, recompute, new_head=1)
+    options = (args.dtype, args.gradient_checkpointing, args.lora_rank)
+    critic = load_model(auto_class, path, device, *options, new_head=1)
     if critic.has_new_head:
         critic.score.weight.data.zero_()
         critic.config.reward_bias = 0.0
@@ -460,8 +464,8 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     pretrain_texts = load_texts(args, tokenizer)
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
-    policy = load_model(*load_again, args.gradient_checkpointing)
-    ref = load_model(*load_again) if args.beta else None
+    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
+    ref = (reference_of(policy) or load_model(*load_again)) if args.beta else None
     critic = load_critic(args, tokenizer, device)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions

@@ -114,6 +114,9 @@ class Args:
     """most tokens of a prompt and its completion together; unlabelled steps beyond are cut, other
     rows are dropped"""
     learning_rate: float = 1e-5  # peak learning rate of AdamW
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule after the warm-up; linear and cosine fall to 0"""
     warmup_ratio: float = 0.03  # fraction of the steps used for linear warm-up
@@ -186,7 +189,7 @@ class CobbeHead(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden):
-        return self.gain * F.linear(hidden, self.weight[-1:]) + self.bias
+        return self.gain * F.linear(hidden, self.weight[-1:].float()) + self.bias
 
     def linear(self):
         """The linear layer that is the same function, for saving."""
@@ -464,7 +467,8 @@ def main(args: Args):
         how = "product" if is_process else "last"
     examples, eval_examples = load_splits(args, lambda path: read_examples(path, separator))
     names = class_names(args, examples + eval_examples)
-    load_options = (args.model, device, args.dtype, args.gradient_checkpointing)
+    load_options = (args.model, device, args.dtype)
+    load_options += (args.gradient_checkpointing, args.lora_rank)
     model = load_model(AutoModelForTokenClassification, *load_options, new_head=len(names))
     settings = {
         "id2label": dict(enumerate(names)),

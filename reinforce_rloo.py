@@ -59,6 +59,7 @@ from plumbing import (
     load_tokenizer,
     one_number,
     pick_device,
+    reference_of,
     report_greedy,
     run_script,
     stop,
@@ -109,6 +110,9 @@ class Args:
 
     micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
     learning_rate: float = 1e-6  # peak learning rate of AdamW (Ahmadian et al.: 1e-6)
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """learning-rate schedule; linear and cosine fall to 0"""
     max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
@@ -253,8 +257,8 @@ def main(args: Args):
     score = load_reward(args.reward, verifier, *model_options)
     tokenizer = load_tokenizer(args.model)
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
-    policy = load_model(*load_again, args.gradient_checkpointing)
-    ref = load_model(*load_again) if args.beta else None
+    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
+    ref = (reference_of(policy) or load_model(*load_again)) if args.beta else None
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     lr = args.learning_rate
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)

@@ -61,6 +61,7 @@ from plumbing import (
     load_rows,
     load_tokenizer,
     pick_device,
+    reference_of,
     run_script,
     stop,
     with_ended,
@@ -120,6 +121,9 @@ class Args:
     batch_size: int = 32  # completions per gradient step
     micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
     learning_rate: float = 5e-6  # peak learning rate of AdamW (Tulu 3's SFT: 5e-6)
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule; linear and cosine fall to 0"""
     max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
@@ -430,8 +434,8 @@ def main(args: Args):
     rows, eval_rows = load_prompts(args)
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
     score = load_reward(args.reward, verifier, *model_options)
-    recompute = args.gradient_checkpointing
-    policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
+    load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
+    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     others = load_candidates(args, tokenizer, policy.context)
     rows = rows_to_answer(rows, others, args)
@@ -443,7 +447,7 @@ def main(args: Args):
     num_steps = steps_per_round * args.rounds
     models = {"policy": policy}
     if args.train and args.control:
-        control = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
+        control = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
         models["control"] = control
     optimizers, schedulers, parts = {}, {}, {}
     for name, model in models.items():
@@ -460,7 +464,7 @@ def main(args: Args):
     def report():
         if not eval_rows:
             return
-        start_model = load_model(AutoModelForCausalLM, args.model, device, args.dtype)
+        start_model = reference_of(policy) or load_model(*load_again)
         prompts = [row["prompt"] for row in eval_rows]
         sizes = (args.max_new_tokens, args.micro_batch_size)
         metrics = {}

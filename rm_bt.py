@@ -102,6 +102,9 @@ class Args:
     max_length: int = 1024
     """most tokens of a prompt and its completion together; longer completions are cut"""
     learning_rate: float = 9e-6  # peak learning rate of AdamW (InstructGPT: 9e-6)
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """learning-rate schedule after the warm-up; linear and cosine fall to 0"""
     warmup_ratio: float = 0.03  # fraction of the steps used for linear warm-up
@@ -326,8 +329,8 @@ def score_all(model, tokenizer, examples, max_length, args):
 
 def add_language_model(model, args, device):
     """A causal model on the backbone of the reward model, for --nll-coef."""
-    recompute = args.gradient_checkpointing
-    lm = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
+    options = (args.dtype, args.gradient_checkpointing, args.lora_rank)
+    lm = load_model(AutoModelForCausalLM, args.model, device, *options)
     setattr(lm, lm.base_model_prefix, model.base_model)
     lm.tie_weights()
     return lm
@@ -339,9 +342,8 @@ def main(args: Args):
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.model)
     examples, eval_examples = load_splits(args, read_examples)
-    recompute = args.gradient_checkpointing
-    auto_class = AutoModelForSequenceClassification
-    model = load_model(auto_class, args.model, device, args.dtype, recompute, new_head=1)
+    options = (args.model, device, args.dtype, args.gradient_checkpointing, args.lora_rank)
+    model = load_model(AutoModelForSequenceClassification, *options, new_head=1)
     set_other_pad(tokenizer)
     model.config.update({"pad_token_id": tokenizer.pad_token_id, "reward_bias": 0.0})
     trained = torch.nn.ModuleList([model])

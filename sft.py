@@ -85,6 +85,9 @@ class Args:
     have no EOS"""
     learning_rate: float = 5e-6
     """peak learning rate of AdamW (Tulu 3, 8B: 5e-6; small models take ten times that)"""
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule after the warm-up; linear and cosine fall to 0"""
     warmup_ratio: float = 0.03  # fraction of the steps used for linear warm-up (Tulu 3: 0.03)
@@ -226,7 +229,7 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     columns = ("messages", "prompt"), ("messages", "completion", "response")
     rows, eval_rows = load_splits(args, lambda path: load_rows(path, *columns))
-    options = (device, args.dtype, args.gradient_checkpointing, args.from_scratch)
+    options = (device, args.dtype, args.gradient_checkpointing, args.lora_rank, args.from_scratch)
     model = load_model(AutoModelForCausalLM, args.model, *options)
     max_length = min(args.max_length, model.context)
     check_texts(tokenizer, model, rows + eval_rows)
