@@ -60,8 +60,8 @@ class Batch:
 
         Prompts whose longest row (prompt and completion) is long go first, so that rows of like
         length share a micro-batch, and a lack of memory shows at once.
-        size: completions in a micro-batch, at most; fewer where the processes would not get
-        equally many micro-batches. whole_prompts: never divide the completions of one prompt; a
+        size: completions in a micro-batch; of several processes each gets equally many, so that
+        some are smaller or larger. whole_prompts: never divide the completions of one prompt; a
         prompt that has more than `size` of them is a micro-batch of its own.
         """
         prompt_lengths = self.prompt_mask.sum(1)
@@ -147,12 +147,15 @@ def micro_batches(index, size):
 
 
 def _for_all_processes(parts, prompt_of=None):
-    """Halve the largest micro-batches until all processes get equally many, where that can be.
+    """Divide or join micro-batches until all processes get equally many -> list of parts.
 
-    prompt_of: the prompt of each completion, where those of one prompt stay together.
+    They are halved, the largest first; where all are of one member, neighbours are joined. With
+    fewer members than processes nothing can be done. prompt_of: the prompt of each completion,
+    where those of one prompt are one member.
     """
+    count = process()[1]
     parts = list(parts)
-    while len(parts) % process()[1]:
+    while len(parts) % count:
         members = parts
         if prompt_of is not None:
             members = [prompt_of[part].unique_consecutive() for part in parts]
@@ -164,6 +167,10 @@ def _for_all_processes(parts, prompt_of=None):
         if prompt_of is not None:
             cut = int((prompt_of[parts[i]] == members[i][cut]).nonzero()[0])
         parts[i : i + 1] = [parts[i][:cut], parts[i][cut:]]
+    if len(parts) > count:
+        for number in range(len(parts) % count):
+            i = len(parts) - 2 - number
+            parts[i : i + 2] = [torch.cat(parts[i : i + 2])]
     return parts
 
 
@@ -179,12 +186,10 @@ def add_up_gradients(model):
     count = process()[1]
     if count == 1:
         return
-    if getattr(model, "sharded", False):  # there FSDP has put their mean into place already
-        for parameter in model.parameters():
-            parameter.grad *= count
-        return
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if hasattr(parameter, "full_tensor"):  # sharded: their mean is there already
+            parameter.grad *= count
+        elif parameter.requires_grad:
             if parameter.grad is None:  # such as that of an expert which no token here has met
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)

@@ -103,6 +103,8 @@ class Args:
     """dtype of the forward pass, while weights are float32; auto: bfloat16 if cuda supports it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time, prompts are not shared"""
+    shard: bool = False
+    """divide weights, gradients and optimiser states among the processes of torchrun (FSDP)"""
     share_prompts: bool = True
     """compute a prompt once for all of its completions; the result is the same"""
 
@@ -497,8 +499,8 @@ def main(args: Args):
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.model)
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
-    score = load_reward(args.reward, verifier, *model_options)
-    load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
+    score = load_reward(args.reward, verifier, *model_options, shard=args.shard)
+    load_again = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
     policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
     max_length = min(args.max_length, policy.context)
     rows, pairs, eval_pairs, eval_rows = load_data(args, tokenizer, policy, max_length)
@@ -574,7 +576,7 @@ def main(args: Args):
         # 2. Log-probs and loss; each micro-batch weighs as much as its share of the step's pairs
         totals = torch.zeros(2, device=device)  # loss, NLL
         logps = torch.zeros_like(ref_logps)
-        for mb in deal_out(batch.split(args.micro_batch_size, whole_prompts=True)):
+        for mb in deal_out(batch.split(args.micro_batch_size, whole_prompts=True), args.shard):
             part = batch.rows(mb)
             pair = batch.prompt_of[mb][::2]  # indices of the pairs: chosen and rejected alternate
             token_logps = completion_logps(policy, part, 1.0, args.share_prompts)

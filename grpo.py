@@ -100,6 +100,8 @@ class Args:
     """dtype of the forward pass, while weights are float32; auto: bfloat16 if cuda supports it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time, prompts are not shared"""
+    shard: bool = False
+    """divide weights, gradients and optimiser states among the processes of torchrun (FSDP)"""
     share_prompts: bool = True
     """compute a prompt once for all of its completions; the result is the same"""
 
@@ -397,7 +399,7 @@ def add_policy_grad(policy, batch, index, policy_logps, ref_logps, advantages, w
     """
     totals = torch.zeros(3, device=policy.device)  # loss, clipped tokens, approximate KL
     clips = (args.clip_eps, args.clip_eps_high or args.clip_eps)
-    for mb in deal_out(micro_batches(index, args.micro_batch_size)):
+    for mb in deal_out(micro_batches(index, args.micro_batch_size), args.shard):
         part = batch.rows(mb)
         t = part.completion_ids.shape[1]  # the longest of these
         logps = completion_logps(policy, part, args.temperature, args.share_prompts)
@@ -448,9 +450,9 @@ def main(args: Args):
     G = args.num_generations
     by_step = args.supervision == "process"
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
-    score = load_reward(args.reward, verifier, *model_options, by_step)
+    score = load_reward(args.reward, verifier, *model_options, by_step, args.shard)
     tokenizer = load_tokenizer(args.model)
-    load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
+    load_again = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
     policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
     ref = (reference_of(policy) or load_model(*load_again)) if args.beta else None
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)

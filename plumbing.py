@@ -56,6 +56,7 @@ from common import (
     pad,
     process,
     text_ids,
+    whole,
 )
 
 ROOT = Path(__file__).resolve().parent
@@ -819,6 +820,7 @@ def load_model(
     path,
     device,
     dtype="auto",
+    shard=False,
     checkpointing=False,
     lora_rank=0,
     from_scratch=False,
@@ -826,11 +828,11 @@ def load_model(
 ):
     """Model of a transformers auto class, from a folder or hub name, on `device`, in eval mode.
 
-    Weights are float32 whatever the file has: in bfloat16, updates at these learning rates would be
-    rounded away. dtype: "bfloat16" runs forward passes in bfloat16 autocast, "auto" does so where
-    cuda supports it. checkpointing: recompute activations in the backward pass. lora_rank: see
-    `_add_adapters`. from_scratch: random weights. new_head: labels of a classification head that
-    the file need not have; model.has_new_head says whether it was made.
+    Weights are float32: in bfloat16, updates at these learning rates would be rounded away. dtype:
+    "bfloat16" runs forward passes in bfloat16 autocast, "auto" does so where cuda supports it.
+    shard: see `_shard`; lora_rank: see `_add_adapters`. checkpointing: recompute activations in the
+    backward pass. from_scratch: random weights. new_head: labels of a classification head that the
+    file need not have; model.has_new_head says whether it was made.
     """
     with _stop_without("model", path):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -842,9 +844,7 @@ def load_model(
         config.num_labels = new_head or config.num_labels
         _switch_off_dropout(config)
         model, missing = _read_weights(auto_class, path, config, from_scratch)
-    head = set()
-    if new_head:
-        head = {key for key in missing if key.startswith(("score.", "classifier."))}
+    head = {key for key in missing if new_head and key.startswith(("score.", "classifier."))}
     _check_loaded(model, sorted(set(missing) - head), path)
     model = model.to(device).eval()
     if is_policy:
@@ -857,6 +857,7 @@ def load_model(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     _add_adapters(model, path, lora_rank)
+    _shard(model, shard)
     return model
 
 
@@ -949,6 +950,78 @@ def check_finite(loss, grad_norm):
             f"the loss is {loss}, the norm of the gradient {grad_norm}: lower --learning-rate, or "
             "look at the rewards; --resume goes on from the last checkpoint"
         )
+
+
+# --- A model that is divided among processes ------------------------------------------------------
+
+
+def _shard(model, wanted=True):
+    """Divide the weights of a model, and with them gradients and optimiser states, by FSDP.
+
+    A layer is gathered while it computes. Of a model with a classification head the backbone and
+    the head are gathered apart, as `completion_scores` calls one without the other.
+    """
+    if not wanted:
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    sizes = [sum(p.numel() for p in module.parameters()) for module in lists]
+    for layer in lists[sizes.index(max(sizes))]:
+        fully_shard(layer)
+    if model.get_output_embeddings() is not None:
+        fully_shard(model)
+    else:
+        fully_shard(model.base_model)
+        head = getattr(model, "score", None) or model.classifier
+        fully_shard(head)
+    model.sharded = True
+
+
+def _mine(parameter):
+    """What this process holds of a parameter: a part of it, or all."""
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
+def _whole_tensors(state):
+    """A state_dict, of tensors in lists and dicts -> the same, where no tensor is divided."""
+    if isinstance(state, dict):
+        return {name: _whole_tensors(value) for name, value in state.items()}
+    if isinstance(state, list):
+        return [_whole_tensors(value) for value in state]
+    return state.full_tensor() if hasattr(state, "full_tensor") else state
+
+
+def _whole_state(model):
+    """state_dict of a model, no tensor divided; tied weights are one tensor, as they are in it."""
+    made = {}
+    state = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in made:
+            made[id(tensor)] = _whole_tensors(tensor.detach())
+        state[name] = made[id(tensor)]
+    return state
+
+
+def _divide_like(tensor, parameter):
+    """A whole tensor, divided as a parameter of its shape is; any other stays as it is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not hasattr(parameter, "full_tensor") or tensor.shape != parameter.shape:
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def _load_whole(part, state):
+    """`part.load_state_dict` of whole tensors, where the part may be divided among processes."""
+    if isinstance(part, torch.nn.Module):
+        now = part.state_dict()
+        state = {name: _divide_like(tensor, now[name]) for name, tensor in state.items()}
+    part.load_state_dict(state)
+    if isinstance(part, torch.optim.Optimizer):
+        for parameter, moments in part.state.items():
+            for name, tensor in moments.items():
+                moments[name] = _divide_like(tensor, parameter)
 
 
 # --- LoRA: low-rank adapters (Hu et al. 2021, arXiv:2106.09685) -----------------------------------
@@ -1258,7 +1331,14 @@ def _without_groups(digits):
 
 
 def load_reward(
-    reward, verifier, model="", device="cpu", dtype="auto", micro_batch_size=8, by_step=False
+    reward,
+    verifier,
+    model="",
+    device="cpu",
+    dtype="auto",
+    micro_batch_size=8,
+    by_step=False,
+    shard=False,
 ):
     """-> score(prompts, completions, rows) -> list of R numbers, or with by_step of R lists.
 
@@ -1266,12 +1346,13 @@ def load_reward(
     three lists of length R: prompts and rows repeated for each completion, the rows with `ended`
     and `raw` (see `with_ended`): the completions themselves are without special tokens.
     model: folder or hub name of a reward model, in place of `reward`. by_step: one number for each
-    step of a completion (a process reward model's P(right)), not one for the whole.
+    step of a completion (a process reward model's P(right)), not one for the whole. shard: divide
+    the reward model among the processes.
     Raises ValueError where a reward cannot be loaded, fails, or returns what is no finite number.
     """
     if model:
         name = f"--reward-model {model}"
-        function = _model_reward(model, device, dtype, micro_batch_size, by_step)
+        function = _model_reward(model, device, dtype, micro_batch_size, by_step, shard)
     elif reward == "verifier":
         name = "--reward verifier"
         function = verifier
@@ -1366,7 +1447,7 @@ def _check_reward(value, text, by_step):
         raise ValueError(f"{value} for {text[:60]!r}: not finite")
 
 
-def _model_reward(path, device, dtype, micro_batch_size, by_step):
+def _model_reward(path, device, dtype, micro_batch_size, by_step, shard):
     """Reward function of a saved reward model: of the last token, of steps, or of outcomes."""
     with _stop_without("model", path):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -1376,12 +1457,12 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
     how = getattr(config, "solution_score", unknown)
     lacks_steps = not how or (by_step and not separator)
     _check_reward_config(config, path, of_tokens, lacks_steps)
+    auto_class = transformers.AutoModelForSequenceClassification
     if of_tokens:
-        model = load_model(transformers.AutoModelForTokenClassification, path, device, dtype)
-    else:
-        model = load_model(transformers.AutoModelForSequenceClassification, path, device, dtype)
-        if not hasattr(config, "reward_bias"):  # not made by these scripts
-            return _foreign_reward(path, model, micro_batch_size)
+        auto_class = transformers.AutoModelForTokenClassification
+    model = load_model(auto_class, path, device, dtype, shard)
+    if not of_tokens and not hasattr(config, "reward_bias"):  # not made by these scripts
+        return _foreign_reward(path, model, micro_batch_size)
     tokenizer = load_tokenizer(path)
 
     @torch.no_grad()
@@ -1396,7 +1477,9 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
             encoded.append(encode_steps(tokenizer, prompt, steps, separator, close))
             _check_room(len(encoded[-1][0]) + len(encoded[-1][1]), model.context, path)
         values = []
-        for logits in _step_logits(model, encoded, micro_batch_size):
+        with whole(model):
+            outputs = _step_logits(model, encoded, micro_batch_size)
+        for logits in outputs:
             probs = positive_probs(logits) if of_tokens else logits[:, 0]
             everywhere = torch.ones(1, len(probs), dtype=torch.bool)
             if by_step:
@@ -1450,20 +1533,26 @@ def _foreign_reward(path, model, micro_batch_size):
             _check_room(len(encoded[-1]["input_ids"]), room, path)
         scores = torch.zeros(len(encoded))
         lengths = torch.tensor([len(one["input_ids"]) for one in encoded])
-        for index in deal_out(lengths.argsort().split(size)):
-            part = [encoded[i] for i in index]
-            ids, mask = pad([one["input_ids"] for one in part], "right")
-            if pad_id is not None:
-                ids = ids.masked_fill(~mask, pad_id)
-            inputs = {"input_ids": ids, "attention_mask": mask.long()}
-            if "token_type_ids" in part[0]:
-                inputs["token_type_ids"] = pad([one["token_type_ids"] for one in part], "right")[0]
-            inputs = {name: values.to(model.device) for name, values in inputs.items()}
-            with _autocast(model):
-                scores[index] = model(**inputs).logits[:, 0].float().cpu()
+        with whole(model):
+            for index in deal_out(lengths.argsort().split(size)):
+                part = [encoded[i] for i in index]
+                scores[index] = _foreign_scores(model, part, pad_id)
         return add_up(scores).tolist()
 
     return function
+
+
+def _foreign_scores(model, part, pad_id):
+    """Inputs of some texts, as `_foreign_inputs` gives them -> their scores (N,) on the CPU."""
+    ids, mask = pad([one["input_ids"] for one in part], "right")
+    if pad_id is not None:
+        ids = ids.masked_fill(~mask, pad_id)
+    inputs = {"input_ids": ids, "attention_mask": mask.long()}
+    if "token_type_ids" in part[0]:
+        inputs["token_type_ids"] = pad([one["token_type_ids"] for one in part], "right")[0]
+    inputs = {name: values.to(model.device) for name, values in inputs.items()}
+    with _autocast(model):
+        return model(**inputs).logits[:, 0].float().cpu()
 
 
 def _foreign_inputs(tokenizer, model, prompt, text, ended):
@@ -1779,7 +1868,7 @@ class Run:
         for name, part in self.parts.items():
             if hasattr(part, "load_state_dict"):
                 state[name].update(_frozen(part))
-                part.load_state_dict(state[name])
+                _load_whole(part, state[name])
             else:
                 vars(part).update(state[name])
             if hasattr(part, "lr_lambdas"):
@@ -1966,12 +2055,12 @@ class Run:
         """Stop before broken weights are saved: a last step is followed by no loss to show them."""
         for name, part in self.parts.items():
             if isinstance(part, torch.nn.Module):
-                for parameter in part.parameters():
-                    if not parameter.isfinite().all():
-                        stop(
-                            f"step {self.step} broke the weights ({name}): lower --learning-rate; "
-                            "--resume goes on from the last checkpoint"
-                        )
+                is_whole = all(_mine(p).isfinite().all() for p in part.parameters())
+                if not all(gather([is_whole])):
+                    stop(
+                        f"step {self.step} broke the weights ({name}): lower --learning-rate; "
+                        "--resume goes on from the last checkpoint"
+                    )
 
     def checkpoint(self):
         """Save the parts, the random states and the step, so that --resume goes on bit for bit."""
@@ -1986,7 +2075,7 @@ class Run:
         }
         for name, part in self.parts.items():
             has_state = hasattr(part, "state_dict")
-            state[name] = part.state_dict() if has_state else vars(part)
+            state[name] = _whole_tensors(part.state_dict()) if has_state else vars(part)
             for frozen in _frozen(part):
                 del state[name][frozen]
         self._replace("checkpoint/state.pt", lambda new: torch.save(state, new))
@@ -2010,12 +2099,16 @@ class Run:
             print(f"to train on it: python grpo.py --reward-model {self.folder / 'final'}")
 
     def _save_model(self, name, model, tokenizer):
+        whole_state = None
+        if getattr(model, "sharded", False):
+            whole_state = _whole_state(model)
+
         def write(new):
             if _has_adapters(model):
                 _merged(model).save_pretrained(new)
                 _save_adapter(model, new / "adapter")
             else:
-                model.save_pretrained(new)
+                model.save_pretrained(new, state_dict=whole_state)
             tokenizer.save_pretrained(new)
             if getattr(model, "has_generic_head", False):
                 (new / "README.md").write_text(GENERIC_HEAD)
@@ -2083,6 +2176,8 @@ def _check_processes(args, inputs):
     inputs: {path: its digest}, of the files that the flags name.
     """
     number, count = process()
+    if getattr(args, "shard", False):
+        _check_shard(args, count)
     if count == 1:
         return
     seen = gather([vars(args) | inputs])
@@ -2095,6 +2190,17 @@ def _check_processes(args, inputs):
         if size < count:
             flag = f"--{name.replace('_', '-')}"
             stop(f"{flag} {size}: fewer than the {count} processes, one would have nothing to do")
+
+
+def _check_shard(args, count):
+    """Stop where --shard cannot work."""
+    if count == 1:
+        stop("--shard divides a model among the processes of torchrun, and there is one process")
+    for flag in ("lora_rank", "nll_coef", "lm_coef"):
+        if getattr(args, flag, 0):
+            stop(f"--shard does not go with --{flag.replace('_', '-')}")
+    if getattr(args, "head", "") == "cobbe":
+        stop("--shard does not go with --head cobbe")
 
 
 def _input_files(args):

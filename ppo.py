@@ -65,6 +65,7 @@ from common import (
     masked_mean,
     micro_batches,
     pad,
+    whole,
 )
 from plumbing import (
     Run,
@@ -110,6 +111,8 @@ class Args:
     """dtype of the forward pass, while weights are float32; auto: bfloat16 if cuda supports it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time, prompts are not shared"""
+    shard: bool = False
+    """divide weights, gradients and optimiser states among the processes of torchrun (FSDP)"""
     share_prompts: bool = True
     """compute a prompt once for all of its completions; the result is the same"""
 
@@ -325,7 +328,7 @@ def load_critic(args, tokenizer, device):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if "ForTokenClassification" in str(config.architectures):
         auto_class = AutoModelForTokenClassification  # an outcome reward model; its head has a bias
-    options = (args.dtype, args.gradient_checkpointing, args.lora_rank)
+    options = (args.dtype, args.shard, args.gradient_checkpointing, args.lora_rank)
     critic = load_model(auto_class, path, device, *options, new_head=1)
     if critic.has_new_head:
         critic.score.weight.data.zero_()
@@ -342,9 +345,10 @@ def token_values(critic, batch, share_prompts):
 def fixed_values(critic, batch, micro_batch_size, share_prompts):
     """`token_values` without gradient, in micro-batches -> (R, T), 0 in padding."""
     values = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
-    for mb in deal_out(batch.split(micro_batch_size)):
-        part = token_values(critic, batch.rows(mb), share_prompts)
-        values[mb, : part.shape[1]] = part
+    with whole(critic):
+        for mb in deal_out(batch.split(micro_batch_size)):
+            part = token_values(critic, batch.rows(mb), share_prompts)
+            values[mb, : part.shape[1]] = part
     return add_up(values) * batch.completion_mask
 
 
@@ -376,7 +380,7 @@ def add_ptx_grad(policy, tokenizer, texts, args, seed):
     batch = encode_texts(tokenizer, drawn, args.max_new_tokens).to(policy.device)
     num_tokens = batch.completion_mask.sum()
     loss = torch.zeros((), device=policy.device)
-    for mb in deal_out(batch.split(args.ptx_batch_size)):
+    for mb in deal_out(batch.split(args.ptx_batch_size), args.shard):
         part = batch.rows(mb)
         share = part.completion_mask.sum() / num_tokens
         mb_loss = ptx_loss(completion_logps(policy, part), part.completion_mask) * share
@@ -402,7 +406,7 @@ def add_value_grad(critic, batch, index, old_values, returns, weights, args):
     index: the completions of the minibatch. old_values, returns, weights (R, T).
     """
     loss = torch.zeros((), device=critic.device)
-    for mb in deal_out(micro_batches(index, args.micro_batch_size)):
+    for mb in deal_out(micro_batches(index, args.micro_batch_size), args.shard):
         part = batch.rows(mb)
         t = part.completion_ids.shape[1]  # the longest of these
         values = token_values(critic, part, args.share_prompts)
@@ -421,7 +425,7 @@ def add_policy_grad(policy, batch, index, policy_logps, advantages, weights, arg
     and are written there.
     """
     totals = torch.zeros(3, device=policy.device)  # loss, clipped tokens, approximate KL
-    for mb in deal_out(micro_batches(index, args.micro_batch_size)):
+    for mb in deal_out(micro_batches(index, args.micro_batch_size), args.shard):
         part = batch.rows(mb)
         t = part.completion_ids.shape[1]  # the longest of these
         logps = completion_logps(policy, part, args.temperature, args.share_prompts)
@@ -460,10 +464,10 @@ def main(args: Args):
     P = min(args.num_prompts, len(rows))
     G = args.num_generations
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
-    score = load_reward(args.reward, verifier, *model_options)
+    score = load_reward(args.reward, verifier, *model_options, shard=args.shard)
     tokenizer = load_tokenizer(args.model)
     pretrain_texts = load_texts(args, tokenizer)
-    load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
+    load_again = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
     policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
     ref = (reference_of(policy) or load_model(*load_again)) if args.beta else None
     critic = load_critic(args, tokenizer, device)

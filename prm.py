@@ -50,6 +50,7 @@ from common import (
     gather,
     masked_mean,
     pad,
+    whole,
 )
 from plumbing import (
     Run,
@@ -91,6 +92,8 @@ class Args:
     """dtype of the forward pass, while weights are float32; auto: bfloat16 if cuda supports it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time, prompts are not shared"""
+    shard: bool = False
+    """divide weights, gradients and optimiser states among the processes of torchrun (FSDP)"""
     share_prompts: bool = True
     """compute a prompt once for all of its completions; the result is the same"""
 
@@ -387,12 +390,13 @@ def show_labelled(tokenizer, examples):
 def step_logits(model, examples, args):
     """Outputs of the head at the ends of the examples' steps -> (N, S, classes) on the CPU."""
     found = []
-    for start in deal_out(range(0, len(examples), args.micro_batch_size)):
-        part = examples[start : start + args.micro_batch_size]
-        batch, _, _, _ = collate(part)
-        logits = completion_scores(model, batch.to(model.device), args.share_prompts).cpu()
-        for i, (row, example) in enumerate(zip(logits, part, strict=True), start):
-            found.append((i, row[example["ends"]]))
+    with whole(model):
+        for start in deal_out(range(0, len(examples), args.micro_batch_size)):
+            part = examples[start : start + args.micro_batch_size]
+            batch, _, _, _ = collate(part)
+            logits = completion_scores(model, batch.to(model.device), args.share_prompts).cpu()
+            for i, (row, example) in enumerate(zip(logits, part, strict=True), start):
+                found.append((i, row[example["ends"]]))
     rows = dict(gather(found))
     return pad_sequence([rows[i] for i in range(len(examples))], batch_first=True)
 
@@ -467,7 +471,7 @@ def main(args: Args):
         how = "product" if is_process else "last"
     examples, eval_examples = load_splits(args, lambda path: read_examples(path, separator))
     names = class_names(args, examples + eval_examples)
-    load_options = (args.model, device, args.dtype)
+    load_options = (args.model, device, args.dtype, args.shard)
     load_options += (args.gradient_checkpointing, args.lora_rank)
     model = load_model(AutoModelForTokenClassification, *load_options, new_head=len(names))
     settings = {
@@ -533,7 +537,7 @@ def main(args: Args):
 
         # 2. Loss; each micro-batch weighs as much as its share of the step's labels
         totals = torch.zeros(2, device=device)  # loss, loss of the language model
-        for mb in deal_out(batch.split(args.micro_batch_size)):
+        for mb in deal_out(batch.split(args.micro_batch_size), args.shard):
             part = batch.rows(mb)
             logits = completion_scores(model, part, args.share_prompts)  # (R, T, classes)
             t = logits.shape[1]  # the longest of these

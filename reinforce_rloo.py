@@ -89,6 +89,8 @@ class Args:
     """dtype of the forward pass, while weights are float32; auto: bfloat16 if cuda supports it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time, prompts are not shared"""
+    shard: bool = False
+    """divide weights, gradients and optimiser states among the processes of torchrun (FSDP)"""
     share_prompts: bool = True
     """compute a prompt once for all of its completions; the result is the same"""
 
@@ -254,9 +256,9 @@ def main(args: Args):
     P = min(args.num_prompts, len(rows))
     G = args.num_generations
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
-    score = load_reward(args.reward, verifier, *model_options)
+    score = load_reward(args.reward, verifier, *model_options, shard=args.shard)
     tokenizer = load_tokenizer(args.model)
-    load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
+    load_again = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
     policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
     ref = (reference_of(policy) or load_model(*load_again)) if args.beta else None
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
@@ -322,7 +324,7 @@ def main(args: Args):
 
         # 4. One gradient step
         loss = torch.zeros((), device=device)
-        for mb in deal_out(batch.split(args.micro_batch_size)):
+        for mb in deal_out(batch.split(args.micro_batch_size), args.shard):
             part = batch.rows(mb)
             t = part.completion_ids.shape[1]  # the longest of these
             logps = completion_logps(policy, part, args.temperature, args.share_prompts)

@@ -90,6 +90,8 @@ class Args:
     """dtype of the forward pass, while weights are float32; auto: bfloat16 if cuda supports it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time, prompts are not shared"""
+    shard: bool = False
+    """divide weights, gradients and optimiser states among the processes of torchrun (FSDP)"""
     share_prompts: bool = True
     """compute a prompt once for all of its completions; the result is the same"""
 
@@ -413,7 +415,7 @@ def add_gradients(model, tokenizer, chosen, args):
     batch = encode(tokenizer, prompts, completions, ended=ended).to(model.device)
     num_tokens = batch.completion_mask.sum().item()
     loss = torch.zeros((), device=model.device)
-    for mb in deal_out(batch.split(args.micro_batch_size)):
+    for mb in deal_out(batch.split(args.micro_batch_size), args.shard):
         part = batch.rows(mb)
         logps = completion_logps(model, part, 1.0, args.share_prompts)
         share = part.completion_mask.sum() / num_tokens
@@ -433,8 +435,8 @@ def main(args: Args):
         stop("--temperature 0, or no candidates: they must be sampled, or be in --completions")
     rows, eval_rows = load_prompts(args)
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
-    score = load_reward(args.reward, verifier, *model_options)
-    load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
+    score = load_reward(args.reward, verifier, *model_options, shard=args.shard)
+    load_again = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
     policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     others = load_candidates(args, tokenizer, policy.context)

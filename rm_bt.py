@@ -41,6 +41,7 @@ from common import (
     encode_answers,
     last_scores,
     masked_mean,
+    whole,
 )
 from plumbing import (
     Run,
@@ -84,6 +85,8 @@ class Args:
     """dtype of the forward pass, while weights are float32; auto: bfloat16 if cuda supports it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time, prompts are not shared"""
+    shard: bool = False
+    """divide weights, gradients and optimiser states among the processes of torchrun (FSDP)"""
     share_prompts: bool = True
     """compute a prompt once for all of its completions; the result is the same"""
 
@@ -314,9 +317,10 @@ def score_all(model, tokenizer, examples, max_length, args):
         part = examples[start : start + args.batch_size]
         batch, part_ranks = collate(part, tokenizer, max_length)[:2]
         part_scores = torch.zeros(len(part_ranks))
-        for mb in deal_out(batch.split(args.micro_batch_size, whole_prompts=True)):
-            on_device = batch.rows(mb).to(model.device)
-            part_scores[mb] = last_scores(model, on_device, args.share_prompts).cpu()
+        with whole(model):
+            for mb in deal_out(batch.split(args.micro_batch_size, whole_prompts=True)):
+                on_device = batch.rows(mb).to(model.device)
+                part_scores[mb] = last_scores(model, on_device, args.share_prompts).cpu()
         scores.append(add_up(part_scores))
         lengths.append(batch.completion_mask.sum(1))
         ranks.append(part_ranks)
@@ -329,7 +333,7 @@ def score_all(model, tokenizer, examples, max_length, args):
 
 def add_language_model(model, args, device):
     """A causal model on the backbone of the reward model, for --nll-coef."""
-    options = (args.dtype, args.gradient_checkpointing, args.lora_rank)
+    options = (args.dtype, args.shard, args.gradient_checkpointing, args.lora_rank)
     lm = load_model(AutoModelForCausalLM, args.model, device, *options)
     setattr(lm, lm.base_model_prefix, model.base_model)
     lm.tie_weights()
@@ -342,7 +346,8 @@ def main(args: Args):
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.model)
     examples, eval_examples = load_splits(args, read_examples)
-    options = (args.model, device, args.dtype, args.gradient_checkpointing, args.lora_rank)
+    options = (args.model, device, args.dtype, args.shard)
+    options += (args.gradient_checkpointing, args.lora_rank)
     model = load_model(AutoModelForSequenceClassification, *options, new_head=1)
     set_other_pad(tokenizer)
     model.config.update({"pad_token_id": tokenizer.pad_token_id, "reward_bias": 0.0})
@@ -402,7 +407,7 @@ def main(args: Args):
         # 2. Rewards and loss; each micro-batch weighs as much as its share of the step's prompts
         loss = torch.zeros((), device=device)
         rewards = torch.zeros_like(ranks, dtype=torch.float32)
-        for mb in deal_out(batch.split(args.micro_batch_size, whole_prompts=True)):
+        for mb in deal_out(batch.split(args.micro_batch_size, whole_prompts=True), args.shard):
             part = batch.rows(mb)
             prompts = batch.prompt_of[mb].unique()
             scores = last_scores(model, part, args.share_prompts)

@@ -76,6 +76,8 @@ class Args:
     """dtype of the forward pass, while weights are float32; auto: bfloat16 if cuda supports it"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, more time"""
+    shard: bool = False
+    """divide weights, gradients and optimiser states among the processes of torchrun (FSDP)"""
 
     num_epochs: int = 2  # passes over the data (Tulu 3: 2)
     batch_size: int = 32  # completions per step (Tulu 3: 128)
@@ -229,7 +231,8 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     columns = ("messages", "prompt"), ("messages", "completion", "response")
     rows, eval_rows = load_splits(args, lambda path: load_rows(path, *columns))
-    options = (device, args.dtype, args.gradient_checkpointing, args.lora_rank, args.from_scratch)
+    options = (device, args.dtype, args.shard)
+    options += (args.gradient_checkpointing, args.lora_rank, args.from_scratch)
     model = load_model(AutoModelForCausalLM, args.model, *options)
     max_length = min(args.max_length, model.context)
     check_texts(tokenizer, model, rows + eval_rows)
@@ -275,7 +278,7 @@ def main(args: Args):
 
         # 2. Log-probs and loss; each micro-batch weighs as much as its share of the step's tokens
         loss = torch.zeros((), device=device)
-        for mb in deal_out(batch.split(args.micro_batch_size)):
+        for mb in deal_out(batch.split(args.micro_batch_size), args.shard):
             part = batch.rows(mb)
             logps = completion_logps(model, part)
             share = part.completion_mask.sum() / num_tokens

@@ -286,6 +286,11 @@ def flag_learning_rate(run, base, folder):
     assert mine == pytest.approx([2 * lr for lr in theirs]) and max(mine) == pytest.approx(peak)
 
 
+def flag_shard(run, base, folder):
+    """What it does is seen in tests/test_processes.py: here is one process."""
+    refused(run, "--shard divides a model among the processes of torchrun", shard=True)
+
+
 def flag_lora_rank(run, base, folder):
     """Only adapters and heads have a gradient; tests/test_lora.py looks at what comes of them."""
     got = run(lora_rank=2)

@@ -1,7 +1,7 @@
 """A short run of every training script, in this process or under torchrun, on given completions.
 
     python tests/small_runs.py FOLDER [CASE ...]
-    torchrun --nproc-per-node 2 tests/small_runs.py FOLDER [CASE ...]
+    torchrun --nproc-per-node 2 tests/small_runs.py FOLDER [--shard] [CASE ...]
 
 Completions are given, as those that two processes sample are not those of one.
 """
@@ -51,6 +51,8 @@ CASES = {
     "grpo, reward model": ("grpo", SAMPLING | dict(reward_model="rm_bt"), 13),
 }  # fmt: skip
 
+NOT_SHARDED = ("rm_bt nll", "orm")  # two models on one backbone
+
 
 def given_completions(model, tokenizer, prompts, num_generations, *_, **__):
     """In place of `generate`: of each prompt some right and some wrong answers."""
@@ -77,10 +79,10 @@ def first_rows(folder, path, number):
     return str(new)
 
 
-def make_args(folder, case):
+def make_args(folder, case, shard):
     name, changes, number = CASES[case]
     script = importlib.import_module(name)
-    flags = script.TOY | changes
+    flags = script.TOY | changes | {"shard": shard}
     flags["model"] = str(ROOT / "toy/model")
     for flag, rows in (("dataset", number), ("eval_dataset", 5)):
         if flags.get(flag):
@@ -97,11 +99,15 @@ def make_args(folder, case):
     return script, script.Args(**flags, output_dir=str(folder / case))
 
 
-def main(folder, cases):
+def main(folder, *cases):
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
-    for case in cases or CASES:
-        script, args = make_args(folder, case)
+    shard = "--shard" in cases
+    chosen = [case for case in cases if case in CASES] or list(CASES)
+    if shard:
+        chosen = [case for case in chosen if case not in NOT_SHARDED]
+    for case in chosen:
+        script, args = make_args(folder, case, shard)
         if hasattr(script, "generate"):
             script.generate = given_completions
         script.main(args)
@@ -111,5 +117,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     plumbing.start_processes()
     plumbing.quieten_transformers()
-    main(sys.argv[1], sys.argv[2:])
+    main(*sys.argv[1:])
     plumbing.end_processes()

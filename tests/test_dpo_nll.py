@@ -1153,6 +1153,7 @@ FLAGS = {
     "num_epochs": flag_num_epochs, "batch_size": flag_batch_size,
     "micro_batch_size": flag_micro_batch_size, "max_length": flag_max_length,
     "learning_rate": observe.flag_learning_rate, "lora_rank": observe.flag_lora_rank,
+    "shard": observe.flag_shard,
     "lr_schedule": flag_lr_schedule,
     "warmup_ratio": flag_warmup_ratio, "max_grad_norm": observe.flag_max_grad_norm,
     "eval_size": flag_eval_size, "eval_every": observe.flag_eval_every,

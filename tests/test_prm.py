@@ -1152,6 +1152,7 @@ FLAGS = {
     "max_length": flag_max_length,
     "learning_rate": observe.flag_learning_rate,
     "lora_rank": observe.flag_lora_rank,
+    "shard": observe.flag_shard,
     "lr_schedule": flag_lr_schedule,
     "warmup_ratio": flag_warmup_ratio,
     "max_grad_norm": observe.flag_max_grad_norm,

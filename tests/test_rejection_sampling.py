@@ -1019,6 +1019,7 @@ FLAGS = {
     "train": flag_train, "control": flag_control, "num_epochs": flag_num_epochs,
     "batch_size": flag_batch_size, "micro_batch_size": flag_micro_batch_size,
     "learning_rate": observe.flag_learning_rate, "lora_rank": observe.flag_lora_rank,
+    "shard": observe.flag_shard,
     "lr_schedule": flag_lr_schedule,
     "max_grad_norm": flag_max_grad_norm, "eval_size": flag_eval_size,
     "eval_every": flag_eval_every, "checkpoint_every": observe.flag_checkpoint_every,

@@ -530,6 +530,7 @@ FLAGS = {
     "max_length": flag_max_length,
     "learning_rate": observe.flag_learning_rate,
     "lora_rank": observe.flag_lora_rank,
+    "shard": observe.flag_shard,
     "lr_schedule": flag_lr_schedule,
     "warmup_ratio": flag_warmup_ratio,
     "weight_decay": flag_weight_decay,
