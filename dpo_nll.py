@@ -43,7 +43,16 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import completion_logps, encode, encode_answers, fixed_logps, generate
+from common import (
+    add_up,
+    add_up_gradients,
+    completion_logps,
+    deal_out,
+    encode,
+    encode_answers,
+    fixed_logps,
+    generate,
+)
 from plumbing import (
     Run,
     answer_text,
@@ -563,9 +572,9 @@ def main(args: Args):
             ref_logps = torch.tensor([pair["ref_logps"] for pair in drawn]).to(device)
 
         # 2. Log-probs and loss; each micro-batch weighs as much as its share of the step's pairs
-        loss, nll = 0.0, 0.0
+        totals = torch.zeros(2, device=device)  # loss, NLL
         logps = torch.zeros_like(ref_logps)
-        for mb in batch.split(args.micro_batch_size, whole_prompts=True):
+        for mb in deal_out(batch.split(args.micro_batch_size, whole_prompts=True)):
             part = batch.rows(mb)
             pair = batch.prompt_of[mb][::2]  # indices of the pairs: chosen and rejected alternate
             token_logps = completion_logps(policy, part, 1.0, args.share_prompts)
@@ -577,9 +586,11 @@ def main(args: Args):
             share = len(pair) / len(drawn)
             mb_loss = dpo_nll_loss(mb_loss, mb_nll, args.alpha) * share
             mb_loss.backward()
-            loss += mb_loss.item()
-            nll += mb_nll.item() * share
+            totals += torch.stack([mb_loss.detach(), mb_nll.detach() * share])
             logps[pair] = mb_logps.detach()
+        loss, nll = add_up(totals).tolist()
+        add_up(logps)
+        add_up_gradients(policy)
 
         # 3. Gradient step
         lr = scheduler.get_last_lr()[0]

@@ -47,7 +47,17 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import completion_logps, fixed_logps, generate, kl_estimate, masked_mean
+from common import (
+    add_up,
+    add_up_gradients,
+    completion_logps,
+    deal_out,
+    fixed_logps,
+    generate,
+    kl_estimate,
+    masked_mean,
+    micro_batches,
+)
 from plumbing import (
     Run,
     check_finite,
@@ -378,6 +388,33 @@ def process_rewards(values, batch, tokenizer, separator):
 # --- Training -------------------------------------------------------------------------------------
 
 
+def add_policy_grad(policy, batch, index, policy_logps, ref_logps, advantages, weights, args):
+    """Add the gradient of the loss of a minibatch, a micro-batch at a time.
+
+    -> loss, number of clipped tokens, sum over tokens of the approximate KL. policy_logps (R, T):
+    the log-probs of sampling. With one gradient step in all they are those of this pass (eq. 11),
+    and are written there.
+    """
+    totals = torch.zeros(3, device=policy.device)  # loss, clipped tokens, approximate KL
+    clips = (args.clip_eps, args.clip_eps_high or args.clip_eps)
+    for mb in deal_out(micro_batches(index, args.micro_batch_size)):
+        part = batch.rows(mb)
+        t = part.completion_ids.shape[1]  # the longest of these
+        logps = completion_logps(policy, part, args.temperature, args.share_prompts)
+        if args.num_epochs * args.num_minibatches == 1:
+            policy_logps[mb, :t] = logps.detach()
+        old_logps = policy_logps[mb, :t]
+        fixed = (old_logps, ref_logps[mb, :t], advantages[mb, :t], weights[mb, :t])
+        mb_loss, is_clipped = LOSSES[args.loss](logps, *fixed, *clips, args.beta, args.kl)
+        mb_loss.backward()
+        clipped = (is_clipped & part.completion_mask).sum()
+        approx_kl = kl_estimate(old_logps, logps.detach(), "k3").sum()
+        totals += torch.stack([mb_loss.detach(), clipped, approx_kl])
+    if args.num_epochs * args.num_minibatches == 1:
+        add_up(policy_logps)
+    return add_up(totals).tolist()
+
+
 def check_args(args, num_rows):
     """Stop where flags contradict each other."""
     if args.num_minibatches > min(args.num_prompts, num_rows):
@@ -410,7 +447,6 @@ def main(args: Args):
     P = min(args.num_prompts, len(rows))
     G = args.num_generations
     by_step = args.supervision == "process"
-    clip_eps_high = args.clip_eps_high or args.clip_eps
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
     score = load_reward(args.reward, verifier, *model_options, by_step)
     tokenizer = load_tokenizer(args.model)
@@ -436,9 +472,9 @@ def main(args: Args):
         # 1. Sample G completions of each of P prompts, and score them
         num_drawn = min(P * args.oversample, len(rows))
         drawn = random.Random(f"{args.seed} {step}").sample(rows, num_drawn)
-        prompts = [row["prompt"] for row in drawn]
+        asked = [row["prompt"] for row in drawn]
         sampling = (G, args.max_new_tokens, args.temperature)
-        batch, texts, ended = generate(policy, tokenizer, prompts, *sampling)
+        batch, texts, ended = generate(policy, tokenizer, asked, *sampling)
         row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
         values = score(prompts, texts, row_of_each)
@@ -474,22 +510,11 @@ def main(args: Args):
         for index in minibatches(P, G, args.num_epochs, args.num_minibatches, device):
             weights = torch.zeros(R, T, device=device)
             weights[index] = token_weights(mask[index], args.aggregate, args.max_new_tokens)
-            loss = 0.0
-            for mb in index.split(args.micro_batch_size):
-                part = batch.rows(mb)
-                t = part.completion_ids.shape[1]  # the longest of these
-                logps = completion_logps(policy, part, args.temperature, args.share_prompts)
-                if updates == 1:
-                    policy_logps[mb, :t] = logps.detach()
-                old_logps = policy_logps[mb, :t]
-                tensors = (old_logps, ref_logps[mb, :t], advantages[mb, :t], weights[mb, :t])
-                mb_loss, is_clipped = LOSSES[args.loss](
-                    logps, *tensors, args.clip_eps, clip_eps_high, args.beta, args.kl
-                )
-                mb_loss.backward()
-                loss += mb_loss.item()
-                num_clipped += (is_clipped & part.completion_mask).sum().item()
-                sum_approx_kl += kl_estimate(old_logps, logps.detach(), "k3").sum().item()
+            fixed = (policy_logps, ref_logps, advantages, weights)
+            loss, clipped, sum_kl = add_policy_grad(policy, batch, index, *fixed, args)
+            num_clipped += clipped
+            sum_approx_kl += sum_kl
+            add_up_gradients(policy)
             lr = scheduler.get_last_lr()[0]
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
             check_finite(loss, grad_norm.item())

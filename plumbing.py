@@ -9,6 +9,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import datetime
 import hashlib
 import importlib.util
 import inspect
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.distributed as dist
 import transformers
 import tyro
 from safetensors.torch import save_file
@@ -38,17 +40,21 @@ from common import (
     Batch,
     _autocast,
     _call,
+    add_up,
     completion_scores,
     content_text,
     conversation_text,
+    deal_out,
     encode_prompt,
     encode_steps,
     end_of_turn,
     fixed_logps,
+    gather,
     generate,
     is_rendered,
     kl_estimate,
     pad,
+    process,
     text_ids,
 )
 
@@ -94,22 +100,95 @@ def run_script(main, Args, toy):
     A ValueError that our own files raise is a mistake of the user: it ends the program with one
     line and exit code 1. Any other exception is a fault of the code and keeps its traceback.
     """
+    script = Path(sys.argv[0]).name
     try:
-        args = parse_args(Args, toy)
+        start_processes()
+        with _silence_of_others():
+            args = parse_args(Args, toy)
         quieten_transformers()
         main(args)
-    except ValueError as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if raised_in.parent != ROOT:
-            raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
-        print(
-            f"{Path(sys.argv[0]).name}: stopped at once; --resume goes on from the last "
-            "checkpoint, where there is one",
-            file=sys.stderr,
-        )
+        if fails_first():
+            print(
+                f"{script}: stopped at once; --resume goes on from the last checkpoint, where "
+                "there is one",
+                file=sys.stderr,
+            )
         sys.exit(130)
+    except Exception as error:
+        if not fails_first():  # another process has said why
+            sys.exit(1)
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if not isinstance(error, ValueError) or raised_in.parent != ROOT:
+            raise
+        sys.exit(f"{script}: {error}")
+    end_processes()
+
+
+# --- Several processes ----------------------------------------------------------------------------
+
+
+STORE = []  # of the processes that torchrun started, to count those that failed
+
+
+def start_processes():
+    """Join the other processes that torchrun started; the first alone prints and writes files."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return
+    number = int(os.environ["RANK"])
+    port = int(os.environ["MASTER_PORT"])
+    forever = datetime.timedelta(days=1)  # a judge of the user's may be slow
+    STORE.append(dist.TCPStore(os.environ["MASTER_ADDR"], port, timeout=forever))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    common_store = dist.PrefixStore("scripts", STORE[0])
+    dist.init_process_group(
+        backend, store=common_store, rank=number, world_size=count, timeout=forever
+    )
+    if number:
+        sys.stdout = open(os.devnull, "w")
+        transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _silence_of_others():
+    """Inside, the first process alone writes its errors: all make the same mistake here."""
+    if is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def end_processes():
+    """Leave together, where there are several."""
+    if process()[1] > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def fails_first():
+    """Whether no other process has failed before this one: the first to fail says why."""
+    if not STORE:
+        return True
+    try:
+        return STORE[0].add("failed", 1) == 1
+    except Exception:  # the others are gone
+        return False
+
+
+def is_first():
+    """Whether this process is the one that prints, writes and calls a user's reward."""
+    return process()[0] == 0
+
+
+def from_first(value):
+    """The first process's value, in all of them; it is sent, so it must be one that is pickled."""
+    if process()[1] == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 # --- Flags ----------------------------------------------------------------------------------------
@@ -603,6 +682,9 @@ def pick_device(device="auto"):
             if getattr(torch, kind).is_available():
                 device = kind
     with stop_on_error(f"--device {device}"):
+        if device == "cuda" and process()[1] > 1:  # one GPU for each process
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(device)
         return torch.empty(0, device=device).device
 
 
@@ -1198,27 +1280,38 @@ def load_reward(
         function = _load_function(reward)
 
     def score(prompts, completions, rows):
-        # Copies: nothing that a reward does to its lists may reach the training
-        given = copy.deepcopy((prompts, completions, rows))
-        has_grad = torch.is_grad_enabled()
-        dtype_before = torch.get_default_dtype()
-        folder = os.getcwd()
-        with _no_exit(name), stop_on_error(f"{name} failed"):
-            returned = function(*given)
-            torch.set_grad_enabled(has_grad)  # a judge may have switched it off for good,
-            torch.set_default_dtype(dtype_before)  # have loaded its model in another dtype,
-            os.chdir(folder)  # or have run programs in a folder of their own
-            if returned is None or isinstance(returned, dict | set | str):
-                kind = type(returned).__name__
-                raise ValueError(f"it returned a value of type {kind}, not a list of numbers")
-            values = [_as_numbers(value) for value in returned]
-            if len(values) != len(completions):
-                raise ValueError(f"{len(values)} values for {len(completions)} completions")
-            for value, text in zip(values, completions, strict=True):
-                _check_reward(value, text, by_step)
-        return values
+        values = None
+        if model or is_first():  # a function may ask a judge over a network, or run programs
+            # Copies: nothing that a reward does to its lists may reach the training
+            given = copy.deepcopy((prompts, completions, rows))
+            with _no_exit(name), stop_on_error(f"{name} failed"):
+                values = _numbers_of(function, given, completions, by_step)
+        return values if model else from_first(values)
 
     return score
+
+
+def _numbers_of(function, given, completions, by_step):
+    """What a reward function returns for the lists it is given, as numbers that were looked at.
+
+    completions: as they are, since the function may do anything to those it is given.
+    """
+    has_grad = torch.is_grad_enabled()
+    dtype = torch.get_default_dtype()
+    folder = os.getcwd()
+    returned = function(*given)
+    torch.set_grad_enabled(has_grad)  # a judge may have switched it off for good,
+    torch.set_default_dtype(dtype)  # have loaded its model in another dtype,
+    os.chdir(folder)  # or have run programs in a folder of their own
+    if returned is None or isinstance(returned, dict | set | str):
+        kind = type(returned).__name__
+        raise ValueError(f"it returned a value of type {kind}, not a list of numbers")
+    values = [_as_numbers(value) for value in returned]
+    if len(values) != len(completions):
+        raise ValueError(f"{len(values)} values for {len(completions)} completions")
+    for value, text in zip(values, completions, strict=True):
+        _check_reward(value, text, by_step)
+    return values
 
 
 def _load_function(reward):
@@ -1357,7 +1450,7 @@ def _foreign_reward(path, model, micro_batch_size):
             _check_room(len(encoded[-1]["input_ids"]), room, path)
         scores = torch.zeros(len(encoded))
         lengths = torch.tensor([len(one["input_ids"]) for one in encoded])
-        for index in lengths.argsort().split(size):
+        for index in deal_out(lengths.argsort().split(size)):
             part = [encoded[i] for i in index]
             ids, mask = pad([one["input_ids"] for one in part], "right")
             if pad_id is not None:
@@ -1368,7 +1461,7 @@ def _foreign_reward(path, model, micro_batch_size):
             inputs = {name: values.to(model.device) for name, values in inputs.items()}
             with _autocast(model):
                 scores[index] = model(**inputs).logits[:, 0].float().cpu()
-        return scores.tolist()
+        return add_up(scores).tolist()
 
     return function
 
@@ -1401,18 +1494,19 @@ def _step_logits(model, encoded, micro_batch_size):
     encoded: prompt ids, ids and step ends of each, from `encode_steps`. They are taken in the order
     of their lengths: book 10.2.4.1.
     """
-    outputs = [None] * len(encoded)
+    found = []
     lengths = torch.tensor([len(ids) for _, ids, _ in encoded])
-    # By length, so that little is padding; the outputs keep their places
-    for index in lengths.argsort().split(micro_batch_size):
+    # By length, so that little is padding
+    for index in deal_out(lengths.argsort().split(micro_batch_size)):
         part = [encoded[i] for i in index]
         prompts = pad([prompt_ids for prompt_ids, _, _ in part], "left")
         completions = pad([ids for _, ids, _ in part], "right")
         batch = Batch(*prompts, *completions, torch.arange(len(part)))
         logits = completion_scores(model, batch.to(model.device)).cpu()
         for i, row, (_, _, ends) in zip(index.tolist(), logits, part, strict=True):
-            outputs[i] = row[ends]
-    return outputs
+            found.append((i, row[ends]))
+    outputs = dict(gather(found))
+    return [outputs[i] for i in range(len(encoded))]
 
 
 def positive_probs(logits):
@@ -1553,9 +1647,11 @@ class Run:
         self.equal_steps = 0  # steps in a row whose rewards were all equal
         self.stopped_by = ""
         self.inputs = {str(path): _digest(path) for path in _input_files(args)}
+        _check_processes(args, self.inputs)
         if getattr(args, "show_rows", 0):
             return  # nothing will be written
-        self._check_folder()
+        if is_first():
+            self._check_folder()
         if args.resume:
             self._check_resume()
 
@@ -1629,12 +1725,14 @@ class Run:
         self.parts = parts
         self.num_steps = num_steps
         self.start = time.time()
-        with stop_on_error(f"cannot make {self.folder}"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = _locked(self.folder)
+        if is_first():
+            with stop_on_error(f"cannot make {self.folder}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = _locked(self.folder)
         if not self.args.resume:
-            self._check_folder()  # another run may have begun there since
-            self._delete_run()
+            if is_first():
+                self._check_folder()  # another run may have begun there since
+                self._delete_run()
             content = vars(self.args) | {"script": self._script(), "inputs": self.inputs}
             text = json.dumps(content, indent=1)
             self._replace("args.json", lambda new: new.write_text(text))
@@ -1659,6 +1757,8 @@ class Run:
 
     def _cut_logs(self, sizes):
         """Cut the logs to their sizes at the checkpoint: what came after it comes again."""
+        if not is_first():
+            return
         for name in LOGS:
             path = self.folder / name
             size = sizes.get(name, 0)
@@ -1700,7 +1800,10 @@ class Run:
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             size += f", {trained:,} of them trained (--lora-rank {args.lora_rank})"
         dtype = "bfloat16 autocast" if model.autocast_dtype else "float32"
-        print(f"{_near(args.model)}: {size}, on {model.device} in {dtype}")
+        where = model.device
+        if process()[1] > 1:
+            where = f"{process()[1]} processes ({model.device.type})"
+        print(f"{_near(args.model)}: {size}, on {where} in {dtype}")
         held_out = f"{num_held_out} held out"
         if num_held_out and args.eval_dataset:
             held_out += f" ({_near(args.eval_dataset)})"
@@ -1716,12 +1819,15 @@ class Run:
         Ctrl-C and SIGTERM let the step come to its end, save a checkpoint and end the program; a
         second Ctrl-C ends it at once.
         """
-        self.bar = tqdm(total=self.num_steps, initial=self.step, disable=not sys.stderr.isatty())
+        has_bar = is_first() and sys.stderr.isatty()
+        self.bar = tqdm(total=self.num_steps, initial=self.step, disable=not has_bar)
         with self.bar, self._signals_wait():
             while self.step < self.num_steps:
                 self.step += 1
                 yield self.step
                 self.bar.update()
+                # A signal may come to one process before a step's end, to another after it
+                self.stopped_by = max(gather([self.stopped_by]))
                 if self.stopped_by:
                     self.checkpoint()
                     print(
@@ -1740,6 +1846,8 @@ class Run:
         def note(number, frame):
             self.stopped_by = signal.Signals(number).name
             signal.signal(number, before[number])
+            if not is_first():
+                return
             print(
                 f"{self.stopped_by}: this step ends and a checkpoint is saved; a second one stops "
                 "at once, without",
@@ -1801,7 +1909,7 @@ class Run:
             )
 
     def _warn_once(self, text, about):
-        if about not in self.warned:
+        if about not in self.warned and is_first():
             self.warned.add(about)
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
@@ -1826,6 +1934,8 @@ class Run:
 
     def append(self, name, rows):
         """Add rows to a file of JSON Lines in the run's folder."""
+        if not is_first():
+            return
         with stop_on_error(f"cannot write {self.folder / name}"):
             with open(self.folder / name, "a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -1838,9 +1948,10 @@ class Run:
     def read_rows(self, name):
         """Rows of a file of JSON Lines in the run's folder; none where there is no such file."""
         path = self.folder / name
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        rows = []
+        if is_first() and path.exists():
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return from_first(rows)
 
     def _sizes_of_logs(self):
         sizes = {}
@@ -1939,12 +2050,16 @@ class Run:
 
     def draw(self, name, function, *values):
         """Let function(*values, path) draw a picture; without matplotlib there is none."""
+        if not is_first():
+            return
         with stop_on_error(f"cannot write {self.folder / name}"):
             with contextlib.suppress(ImportError):
                 function(*values, self.folder / name)
 
     def _replace(self, name, write):
         """Let `write(path)` write NAME.new, and put that in the place of NAME in one move."""
+        if not is_first():
+            return
         path = self.folder / name
         new = self.folder / f"{name}.new"
         old = self.folder / f"{name}.old"
@@ -1958,6 +2073,26 @@ class Run:
                 os.replace(path, old)
             os.replace(new, path)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_processes(args, inputs):
+    """Stop where several processes have too little to do, or do not see the same flags and files.
+
+    inputs: {path: its digest}, of the files that the flags name.
+    """
+    number, count = process()
+    if count == 1:
+        return
+    seen = gather([vars(args) | inputs])
+    for other, values in enumerate(seen):
+        for name in seen[0].keys() | values.keys():
+            if values.get(name) != seen[0].get(name):
+                stop(f"process {other} does not have the same {name} as process 0")
+    for name in ("num_prompts", "batch_size"):
+        size = getattr(args, name, count)
+        if size < count:
+            flag = f"--{name.replace('_', '-')}"
+            stop(f"{flag} {size}: fewer than the {count} processes, one would have nothing to do")
 
 
 def _input_files(args):
@@ -2072,6 +2207,9 @@ def draw_histogram(values, path):
     axes = figure.add_subplot(xlabel="score", ylabel="held-out completions")
     lowest = min(float(numbers.min()) for numbers in values.values() if len(numbers))
     highest = max(float(numbers.max()) for numbers in values.values() if len(numbers))
+    if highest - lowest < 1e-6 * max(1, abs(highest)):  # too little to be divided into bins
+        lowest -= 0.5
+        highest += 0.5
     for label, numbers in values.items():
         axes.hist(numbers, bins=30, range=(lowest, highest), label=label, alpha=0.5)
     axes.legend()

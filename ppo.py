@@ -54,12 +54,16 @@ from transformers import (
 
 from common import (
     Batch,
+    add_up,
+    add_up_gradients,
     completion_logps,
     completion_scores,
+    deal_out,
     fixed_logps,
     generate,
     kl_estimate,
     masked_mean,
+    micro_batches,
     pad,
 )
 from plumbing import (
@@ -338,10 +342,10 @@ def token_values(critic, batch, share_prompts):
 def fixed_values(critic, batch, micro_batch_size, share_prompts):
     """`token_values` without gradient, in micro-batches -> (R, T), 0 in padding."""
     values = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
-    for mb in batch.split(micro_batch_size):
+    for mb in deal_out(batch.split(micro_batch_size)):
         part = token_values(critic, batch.rows(mb), share_prompts)
         values[mb, : part.shape[1]] = part
-    return values * batch.completion_mask
+    return add_up(values) * batch.completion_mask
 
 
 # --- Pretraining texts ----------------------------------------------------------------------------
@@ -370,9 +374,15 @@ def add_ptx_grad(policy, tokenizer, texts, args, seed):
     """Add the gradient of the pretraining loss on --ptx-batch-size texts by chance -> loss."""
     drawn = random.Random(seed).choices(texts, k=args.ptx_batch_size)
     batch = encode_texts(tokenizer, drawn, args.max_new_tokens).to(policy.device)
-    loss = ptx_loss(completion_logps(policy, batch), batch.completion_mask)
-    (args.ptx_coef * loss).backward()
-    return loss.item()
+    num_tokens = batch.completion_mask.sum()
+    loss = torch.zeros((), device=policy.device)
+    for mb in deal_out(batch.split(args.ptx_batch_size)):
+        part = batch.rows(mb)
+        share = part.completion_mask.sum() / num_tokens
+        mb_loss = ptx_loss(completion_logps(policy, part), part.completion_mask) * share
+        (args.ptx_coef * mb_loss).backward()
+        loss += mb_loss.detach()
+    return add_up(loss).item()
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -391,16 +401,16 @@ def add_value_grad(critic, batch, index, old_values, returns, weights, args):
 
     index: the completions of the minibatch. old_values, returns, weights (R, T).
     """
-    loss = 0.0
-    for mb in index.split(args.micro_batch_size):
+    loss = torch.zeros((), device=critic.device)
+    for mb in deal_out(micro_batches(index, args.micro_batch_size)):
         part = batch.rows(mb)
         t = part.completion_ids.shape[1]  # the longest of these
         values = token_values(critic, part, args.share_prompts)
         fixed = (old_values[mb, :t], returns[mb, :t], weights[mb, :t])
         mb_loss = ppo_value_loss(values, *fixed, args.clip_eps_value)
         (args.vf_coef * mb_loss).backward()
-        loss += mb_loss.item()
-    return loss
+        loss += mb_loss.detach()
+    return add_up(loss).item()
 
 
 def add_policy_grad(policy, batch, index, policy_logps, advantages, weights, args):
@@ -410,10 +420,8 @@ def add_policy_grad(policy, batch, index, policy_logps, advantages, weights, arg
     the log-probs of sampling. With one gradient step in all they are those of this pass (eq. 11),
     and are written there.
     """
-    loss = 0.0
-    num_clipped = 0
-    sum_approx_kl = 0.0
-    for mb in index.split(args.micro_batch_size):
+    totals = torch.zeros(3, device=policy.device)  # loss, clipped tokens, approximate KL
+    for mb in deal_out(micro_batches(index, args.micro_batch_size)):
         part = batch.rows(mb)
         t = part.completion_ids.shape[1]  # the longest of these
         logps = completion_logps(policy, part, args.temperature, args.share_prompts)
@@ -423,10 +431,12 @@ def add_policy_grad(policy, batch, index, policy_logps, advantages, weights, arg
         fixed = (old_logps, advantages[mb, :t], weights[mb, :t])
         mb_loss, is_clipped = ppo_policy_loss(logps, *fixed, args.clip_eps)
         mb_loss.backward()
-        loss += mb_loss.item()
-        num_clipped += (is_clipped & part.completion_mask).sum().item()
-        sum_approx_kl += kl_estimate(old_logps, logps.detach(), "k3").sum().item()
-    return loss, num_clipped, sum_approx_kl
+        clipped = (is_clipped & part.completion_mask).sum()
+        approx_kl = kl_estimate(old_logps, logps.detach(), "k3").sum()
+        totals += torch.stack([mb_loss.detach(), clipped, approx_kl])
+    if args.num_epochs * args.num_minibatches == 1:
+        add_up(policy_logps)
+    return add_up(totals).tolist()
 
 
 def check_args(args, num_rows):
@@ -478,9 +488,9 @@ def main(args: Args):
         start = time.time()
         # 1. Sample G completions of each of P prompts, and score them
         drawn = random.Random(f"{args.seed} {step}").sample(rows, P)
-        prompts = [row["prompt"] for row in drawn]
+        asked = [row["prompt"] for row in drawn]
         sampling = (G, args.max_new_tokens, args.temperature)
-        batch, texts, ended = generate(policy, tokenizer, prompts, *sampling)
+        batch, texts, ended = generate(policy, tokenizer, asked, *sampling)
         row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
         values = score(prompts, texts, row_of_each)
@@ -515,6 +525,7 @@ def main(args: Args):
         for index in minibatches(R, args.num_epochs, args.num_minibatches, device):
             weights = mask / mask[index].sum()
             value_loss = add_value_grad(critic, batch, index, old_values, returns, weights, args)
+            add_up_gradients(critic)
             grad_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
             check_finite(value_loss, grad_norm.item())
             critic_optimizer.step()
@@ -530,6 +541,7 @@ def main(args: Args):
             if pretrain_texts:
                 seed = f"{args.seed} {step} {len(losses)}"
                 ptx_losses.append(add_ptx_grad(policy, tokenizer, pretrain_texts, args, seed))
+            add_up_gradients(policy)
             lr = scheduler.get_last_lr()[0]
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
             check_finite(loss, grad_norm.item())

@@ -36,7 +36,16 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import completion_logps, fixed_logps, generate, kl_estimate, masked_mean
+from common import (
+    add_up,
+    add_up_gradients,
+    completion_logps,
+    deal_out,
+    fixed_logps,
+    generate,
+    kl_estimate,
+    masked_mean,
+)
 from plumbing import (
     Run,
     check_finite,
@@ -269,9 +278,9 @@ def main(args: Args):
         start = time.time()
         # 1. Sample G completions of each of P prompts, and score them
         drawn = random.Random(f"{args.seed} {step}").sample(rows, P)
-        prompts = [row["prompt"] for row in drawn]
+        asked = [row["prompt"] for row in drawn]
         sampling = (G, args.max_new_tokens, args.temperature)
-        batch, texts, ended = generate(policy, tokenizer, prompts, *sampling)
+        batch, texts, ended = generate(policy, tokenizer, asked, *sampling)
         row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
         values = score(prompts, texts, row_of_each)
@@ -299,7 +308,6 @@ def main(args: Args):
         greedy_scores = None
         if args.baseline == "remax":
             baselines.append("remax")
-            asked = [row["prompt"] for row in drawn]
             greedy, answers, done = generate(
                 policy, tokenizer, asked, 1, args.max_new_tokens, temperature=0
             )
@@ -314,16 +322,21 @@ def main(args: Args):
         moving.update(rewards.mean().item())
 
         # 4. One gradient step
-        loss = 0.0
-        for mb in batch.split(args.micro_batch_size):
+        loss = torch.zeros((), device=device)
+        for mb in deal_out(batch.split(args.micro_batch_size)):
             part = batch.rows(mb)
             t = part.completion_ids.shape[1]  # the longest of these
             logps = completion_logps(policy, part, args.temperature, args.share_prompts)
-            policy_logps[mb, :t] = logps.detach()
+            if not args.beta:
+                policy_logps[mb, :t] = logps.detach()
             mb_loss = reinforce_loss(logps, advantages[mb, :t], part.completion_mask)
             mb_loss = mb_loss * len(mb) / R  # so that these add up to the mean over all R
             mb_loss.backward()
-            loss += mb_loss.item()
+            loss += mb_loss.detach()
+        if not args.beta:
+            add_up(policy_logps)
+        loss = add_up(loss).item()
+        add_up_gradients(policy)
         lr = scheduler.get_last_lr()[0]
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         check_finite(loss, grad_norm.item())

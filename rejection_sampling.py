@@ -37,7 +37,15 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import completion_logps, encode, generate, masked_mean
+from common import (
+    add_up,
+    add_up_gradients,
+    completion_logps,
+    deal_out,
+    encode,
+    generate,
+    masked_mean,
+)
 from plumbing import (
     Run,
     answer_text,
@@ -404,15 +412,15 @@ def add_gradients(model, tokenizer, chosen, args):
     ended = [done for _, _, done in chosen]
     batch = encode(tokenizer, prompts, completions, ended=ended).to(model.device)
     num_tokens = batch.completion_mask.sum().item()
-    loss = 0.0
-    for mb in batch.split(args.micro_batch_size):
+    loss = torch.zeros((), device=model.device)
+    for mb in deal_out(batch.split(args.micro_batch_size)):
         part = batch.rows(mb)
         logps = completion_logps(model, part, 1.0, args.share_prompts)
         share = part.completion_mask.sum() / num_tokens
         mb_loss = sft_loss(logps, part.completion_mask) * share
         mb_loss.backward()
-        loss += mb_loss.item()
-    return loss, num_tokens
+        loss += mb_loss.detach()
+    return add_up(loss).item(), num_tokens
 
 
 def main(args: Args):
@@ -524,6 +532,7 @@ def main(args: Args):
         for name, model in models.items():
             chosen = [selected[name][j] for j in drawn]
             loss, num_tokens = add_gradients(model, tokenizer, chosen, args)
+            add_up_gradients(model)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             check_finite(loss, grad_norm.item())
             optimizers[name].step()

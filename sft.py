@@ -25,8 +25,11 @@ import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from common import (
+    add_up,
+    add_up_gradients,
     completion_logps,
     content_text,
+    deal_out,
     encode,
     encode_answers,
     encode_prompt,
@@ -271,14 +274,16 @@ def main(args: Args):
         num_tokens = batch.completion_mask.sum().item()
 
         # 2. Log-probs and loss; each micro-batch weighs as much as its share of the step's tokens
-        loss = 0.0
-        for mb in batch.split(args.micro_batch_size):
+        loss = torch.zeros((), device=device)
+        for mb in deal_out(batch.split(args.micro_batch_size)):
             part = batch.rows(mb)
             logps = completion_logps(model, part)
             share = part.completion_mask.sum() / num_tokens
             mb_loss = sft_loss(logps, part.completion_mask) * share
             mb_loss.backward()
-            loss += mb_loss.item()
+            loss += mb_loss.detach()
+        loss = add_up(loss).item()
+        add_up_gradients(model)
 
         # 3. Gradient step
         lr = scheduler.get_last_lr()[0]
