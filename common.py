@@ -15,7 +15,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -61,11 +60,10 @@ class Batch:
 
         Prompts whose longest row (prompt and completion) is long go first, so that rows of like
         length share a micro-batch, and a lack of memory shows at once.
-        size: completions in a micro-batch, at most, and so few that every process gets one.
-        whole_prompts: never divide the completions of one prompt; a prompt that has more than
-        `size` of them is a micro-batch of its own.
+        size: completions in a micro-batch, at most; fewer where the processes would not get
+        equally many micro-batches. whole_prompts: never divide the completions of one prompt; a
+        prompt that has more than `size` of them is a micro-batch of its own.
         """
-        size = min(size, math.ceil(len(self.prompt_of) / process()[1]))
         prompt_lengths = self.prompt_mask.sum(1)
         row_lengths = prompt_lengths[self.prompt_of] + self.completion_mask.sum(1)
         longest = torch.zeros_like(prompt_lengths)
@@ -74,9 +72,9 @@ class Batch:
         order = (self.prompt_of - longest * len(prompt_lengths)).argsort()
         if whole_prompts:
             _, counts = self.prompt_of[order].unique_consecutive(return_counts=True)
-            parts = order.split(_pack(counts.tolist(), size))
+            parts = _for_all_processes(order.split(_pack(counts.tolist(), size)), self.prompt_of)
         else:
-            parts = order.split(size)
+            parts = _for_all_processes(order.split(size))
         return [part.sort().values for part in parts]  # prompt-major, as `rows` needs it
 
     def to(self, device):
@@ -129,15 +127,44 @@ def process():
     return 0, 1
 
 
-def deal_out(parts):
-    """A list, such as that of all micro-batches -> list of those that are this process's."""
+def deal_out(parts, sharded=False):
+    """A list, such as that of all micro-batches -> list of those that are this process's.
+
+    Raises ValueError where the model is sharded and some processes would get fewer than others.
+    """
     number, count = process()
+    if sharded and len(parts) % count:
+        raise ValueError(
+            f"--shard: {len(parts)} micro-batches cannot be dealt out equally to {count} "
+            "processes: choose a number of rows whose last step has at least one for each."
+        )
     return parts[number::count]
 
 
 def micro_batches(index, size):
-    """Index tensor (N,) -> list of parts of at most `size`, and at least one for each process."""
-    return index.split(min(size, math.ceil(len(index) / process()[1])))
+    """Index tensor (N,) -> list of parts of at most `size`, equally many for each process."""
+    return _for_all_processes(index.split(size))
+
+
+def _for_all_processes(parts, prompt_of=None):
+    """Halve the largest micro-batches until all processes get equally many, where that can be.
+
+    prompt_of: the prompt of each completion, where those of one prompt stay together.
+    """
+    parts = list(parts)
+    while len(parts) % process()[1]:
+        members = parts
+        if prompt_of is not None:
+            members = [prompt_of[part].unique_consecutive() for part in parts]
+        sizes = [len(one) for one in members]
+        i = sizes.index(max(sizes))
+        if sizes[i] == 1:
+            break
+        cut = sizes[i] // 2
+        if prompt_of is not None:
+            cut = int((prompt_of[parts[i]] == members[i][cut]).nonzero()[0])
+        parts[i : i + 1] = [parts[i][:cut], parts[i][cut:]]
+    return parts
 
 
 def add_up(tensor):
@@ -149,13 +176,36 @@ def add_up(tensor):
 
 def add_up_gradients(model):
     """Add the gradients of all processes: each has those of its own micro-batches."""
-    if process()[1] == 1:
+    count = process()[1]
+    if count == 1:
+        return
+    if getattr(model, "sharded", False):  # there FSDP has put their mean into place already
+        for parameter in model.parameters():
+            parameter.grad *= count
         return
     for parameter in model.parameters():
         if parameter.requires_grad:
             if parameter.grad is None:  # such as that of an expert which no token here has met
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
+
+
+@contextlib.contextmanager
+def whole(model):
+    """Inside, a sharded model is whole in every process: for passes without gradient.
+
+    Each process may then call it as often as it likes. Other models are whole as they are.
+    """
+    parts = []
+    if getattr(model, "sharded", False):
+        parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True, recurse=False)
 
 
 def gather(values):
@@ -644,9 +694,12 @@ def _outputs(model, net, batch, num_tokens, share_prompts):
     cache = None
     worth_it = share_prompts and saved_tokens > WORTH_SHARING and not recompute
     if worth_it and _keeps_keys_only(model):
-        cache, _ = _prompt_cache(model, net, batch, before)
+        cache, last = _prompt_cache(model, net, batch, before)
         ids = ids[:, before:]
     outputs = _call(model, net, ids, mask, cache, keep=num_tokens + 1)
+    if cache is not None and getattr(model, "sharded", False):
+        # FSDP waits for a gradient of what the prompt pass returned, not only of its cache
+        outputs = outputs + 0 * last[:, None]
     return outputs[:, -num_tokens - 1 :]
 
 
@@ -689,9 +742,10 @@ def completion_logps(model, batch, temperature=1.0, share_prompts=True):
 def fixed_logps(model, batch, temperature=1.0, micro_batch_size=8, share_prompts=True):
     """`completion_logps` without gradient, in micro-batches -> (R, Tc)."""
     logps = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
-    for index in deal_out(batch.split(micro_batch_size)):
-        part = completion_logps(model, batch.rows(index), temperature, share_prompts)
-        logps[index, : part.shape[1]] = part
+    with whole(model):
+        for index in deal_out(batch.split(micro_batch_size)):
+            part = completion_logps(model, batch.rows(index), temperature, share_prompts)
+            logps[index, : part.shape[1]] = part
     return add_up(logps)
 
 
@@ -806,7 +860,7 @@ def generate(
     sampling = (temperature, top_p, top_k)
     rows = []
     ended = []
-    with _own_seed(temperature, model.device):
+    with whole(model), _own_seed(temperature, model.device):
         for start in range(0, len(mine), size):
             batch = _empty_batch(mine[start : start + size], num_generations, max_new_tokens)
             batch = batch.to(model.device)

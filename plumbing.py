@@ -1573,10 +1573,12 @@ def greedy_rewards(policy, tokenizer, score, rows, max_new_tokens, batch_size):
 
 
 def report_greedy(run, policy, tokenizer, score, rows, batch_size):
-    """Answer held-out prompts greedily, and log their mean reward and the first answers.
+    """Answer held-out prompts, if there are any, and log their mean reward and the first answers.
 
-    The mean is called eval_accuracy where the script's verifier gives the rewards.
+    Answers are greedy. The mean is called eval_accuracy where the script's verifier rewards them.
     """
+    if not rows:
+        return
     sizes = (run.args.max_new_tokens, batch_size)
     values, texts = greedy_rewards(policy, tokenizer, score, rows, *sizes)
     rewards = one_number(values)

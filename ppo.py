@@ -474,13 +474,11 @@ def main(args: Args):
     controller = AdaptiveKLController(args.beta, args.kl_target, args.kl_horizon)
     parts = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler, "critic": critic}
     parts |= {"critic_optimizer": critic_optimizer, "critic_scheduler": critic_scheduler}
-    parts["controller"] = controller
-    run.begin(parts, args.num_steps)
+    run.begin(parts | {"controller": controller}, args.num_steps)
     run.describe(policy, len(rows), len(eval_rows), f"{P} prompts x {G} completions")
 
     def report():
-        if eval_rows:
-            report_greedy(run, policy, tokenizer, score, eval_rows, args.num_prompts * G)
+        report_greedy(run, policy, tokenizer, score, eval_rows, args.num_prompts * G)
 
     if run.step == 0:
         report()

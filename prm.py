@@ -467,7 +467,8 @@ def main(args: Args):
         how = "product" if is_process else "last"
     examples, eval_examples = load_splits(args, lambda path: read_examples(path, separator))
     names = class_names(args, examples + eval_examples)
-    load_options = (args.model, device, args.dtype, args.gradient_checkpointing, args.lora_rank)
+    load_options = (args.model, device, args.dtype)
+    load_options += (args.gradient_checkpointing, args.lora_rank)
     model = load_model(AutoModelForTokenClassification, *load_options, new_head=len(names))
     settings = {
         "id2label": dict(enumerate(names)),
