@@ -48,6 +48,8 @@ CASES = {
     "ppo, one update": ("ppo", SAMPLING | dict(num_epochs=1, num_minibatches=1, beta=0.0), 13),
     "grpo": ("grpo", SAMPLING | dict(num_epochs=2, num_minibatches=2, beta=0.1), 13),
     "grpo, one update": ("grpo", SAMPLING | dict(num_epochs=1, num_minibatches=1, beta=0.1), 13),
+    "grpo, lora": ("grpo", SAMPLING | dict(lora_rank=2, beta=0.1), 13),
+    "rm_bt, lora": ("rm_bt", ROWS | dict(lora_rank=2), 13),
     "grpo, reward model": ("grpo", SAMPLING | dict(reward_model="rm_bt"), 13),
 }  # fmt: skip
 
