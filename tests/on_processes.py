@@ -1,7 +1,10 @@
 """What each of several processes computes, written to FOLDER/NUMBER.json: see test_processes.py."""
 
 import json
+import os
+import signal
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -15,6 +18,28 @@ import common  # noqa: E402
 import plumbing  # noqa: E402
 
 
+def what_is_said_of_other_flags(number):
+    try:
+        plumbing._check_processes(Namespace(seed=number), {})
+    except ValueError as error:
+        return str(error)
+
+
+def stopped(folder):
+    """A signal comes to the last process alone -> after which step this one ends, and its code."""
+    number, count = common.process()
+    flags = dict(output_dir=f"{folder}/run", resume=False, overwrite=False, checkpoint_every=10)
+    run = plumbing.Run(Namespace(**flags))
+    run.begin({}, 3)
+    try:
+        for _ in run.steps():
+            if number == count - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+    except SystemExit as end:
+        return [run.step, end.code]
+    return [run.step, 0]
+
+
 def main(folder):
     torch.set_num_threads(1)
     plumbing.start_processes()
@@ -24,7 +49,7 @@ def main(folder):
     model = plumbing.load_model(AutoModelForCausalLM, str(ROOT / "toy/model"), device)
     tokenizer = plumbing.load_tokenizer(str(ROOT / "toy/model"))
     sampling = (model, tokenizer)
-    prompts = ["12+34", "5+6", "777+8"]
+    prompts = ["12+34", "5+6", "777+8", "9+1"]
     batch, greedy, ended = common.generate(*sampling, prompts, 2, 20, temperature=0)
     after_greedy = torch.get_rng_state().sum().item()
     _, alone, _ = common.generate(*sampling, ["1+1"], 1, 20, temperature=0)
@@ -46,6 +71,8 @@ def main(folder):
         "sum": common.add_up(torch.tensor([1.0, float(number)])).tolist(),
         "gathered": common.gather([number, "x"]),
         "from first": plumbing.from_first(number),
+        "other flags": what_is_said_of_other_flags(number),
+        "stopped": stopped(folder),
         "count": count,
     }
     (Path(folder) / f"{number}.json").write_text(json.dumps(result))

@@ -28,14 +28,15 @@ ROWS = dict(batch_size=5, num_epochs=1, micro_batch_size=3, eval_every=2)
 # case: script, its flags, number of its rows
 CASES = {
     "sft": ("sft", ROWS, 13),
+    "sft, nothing for one": ("sft", ROWS, 11),  # one row is left for the last step
     "rm_bt": ("rm_bt", ROWS, 13),
     "rm_bt nll": ("rm_bt", ROWS | dict(nll_coef=0.5, center_coef=0.1), 13),
     "rm_kwise": ("rm_kwise", ROWS, 13),
     "prm": ("prm", ROWS, 13),
     "orm": ("prm", ROWS | dict(supervision="outcome", lm_coef=0.3, dataset="toy/orm_train.jsonl",
                                eval_dataset="toy/orm_test.jsonl"), 13),
-    "dpo_nll": ("dpo_nll", ROWS | dict(eval_prompts="", alpha=0.3, eval_dataset="", eval_size=0),
-                13),
+    "dpo_nll": ("dpo_nll", ROWS | dict(eval_prompts="", alpha=0.3, eval_dataset="", eval_size=0,
+                                       micro_batch_size=4), 13),
     "rejection_sampling": (
         "rejection_sampling",
         dict(num_prompts=13, num_generations=3, max_new_tokens=12, batch_size=5, num_epochs=1,
@@ -51,9 +52,12 @@ CASES = {
     "grpo, lora": ("grpo", SAMPLING | dict(lora_rank=2, beta=0.1), 13),
     "rm_bt, lora": ("rm_bt", ROWS | dict(lora_rank=2), 13),
     "grpo, reward model": ("grpo", SAMPLING | dict(reward_model="rm_bt"), 13),
+    "grpo, rewards of steps": (
+        "grpo", SAMPLING | dict(reward_model="prm", supervision="process"), 13),
 }  # fmt: skip
 
-NOT_SHARDED = ("rm_bt nll", "orm")  # two models on one backbone
+# Two models on one backbone, adapters, or a step with fewer rows than processes
+NOT_SHARDED = ("rm_bt nll", "orm", "grpo, lora", "rm_bt, lora", "sft, nothing for one")
 
 
 def given_completions(model, tokenizer, prompts, num_generations, *_, **__):

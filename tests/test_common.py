@@ -312,6 +312,21 @@ def test_bfloat16_autocast_still_gives_float32_logps(batch):
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 
+def test_prompts_at_a_time(tokenizer, llama, monkeypatch):
+    """`batch_size` of them go through the model together, and the answers keep their order."""
+    sizes = []
+    fill = common._fill
+
+    def watched(model, end_ids, batch, sampling):
+        sizes.append(len(batch.prompt_ids))
+        return fill(model, end_ids, batch, sampling)
+
+    monkeypatch.setattr(common, "_fill", watched)
+    _, want, _ = common.generate(llama, tokenizer, PROMPTS, 2, 5, temperature=0)
+    _, texts, ended = common.generate(llama, tokenizer, PROMPTS, 2, 5, temperature=0, batch_size=2)
+    assert texts == want and len(ended) == 6 and sizes == [3, 2, 1]
+
+
 def test_generation_casts_the_weights_once(tokenizer, monkeypatch):
     """Autocast keeps its copies until its outermost block ends; they are as large as the model."""
     model, casts = make_model("llama"), []

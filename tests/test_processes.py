@@ -21,7 +21,14 @@ def start(count, *command, **environment):
     words = [sys.executable] if count == 1 else [*TORCHRUN, str(count)]
     words += [str(word) for word in command]
     given = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    return subprocess.run(words, cwd=ROOT, env=given, capture_output=True, text=True, timeout=600)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(words, cwd=ROOT, env=given, **pipes) as ran:
+        try:
+            out, err = ran.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            ran.terminate()  # not killed: torchrun ends its processes, which may hang for good
+            raise
+    return subprocess.CompletedProcess(words, ran.returncode, out, err)
 
 
 # --- The functions of common.py -------------------------------------------------------------------
@@ -49,6 +56,8 @@ def test_every_process_has_the_whole(computed):
     assert first["count"] == 3 and first["from first"] == 0
     assert first["sum"] == [3, 0 + 1 + 2] and first["gathered"] == [0, "x", 1, "x", 2, "x"]
     assert first["parts of an index"] == [3, 2, 2]
+    assert first["other flags"] == "process 1 does not have the same seed as process 0"
+    assert first["stopped"] == [1, 130]  # all end with the process that got a signal
 
 
 def test_greedy_completions_and_log_probs_are_those_of_one_process(computed):
@@ -65,22 +74,30 @@ def test_processes_draw_numbers_of_their_own(computed):
     assert len(sampled) == 12
     by_process = [sampled[:6], sampled[6:9], sampled[9:]]
     assert by_process[1] != by_process[2] and by_process[0][:3] != by_process[1]
-    assert len(computed[3][0]["parts"]) == 12
+    parts = computed[3][0]["parts"]
+    assert len(parts) == 12 and parts[6:9] != by_process[1]  # nor does the next call draw the same
 
 
 # --- Every script ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders of the short runs of every script: in one process, in two, and in two --shard."""
+def runs(request, tmp_path_factory):
+    """Folders of the short runs that are asked for: in one process, in two, and in two --shard."""
+    asked = set()
+    for item in request.session.items:
+        if "[" in item.name and "runs" in item.fixturenames:
+            asked.add(item.callspec.params["case"])
+    asked |= {small_runs.CASES[case][1].get("reward_model") for case in asked}
+    cases = [case for case in small_runs.CASES if case in asked]
     folders = {}
     for name, count, *flags in (("one", 1), ("two", 2), ("sharded", 2, "--shard")):
         folders[name] = tmp_path_factory.mktemp(name)
-        ran = start(count, "tests/small_runs.py", folders[name], *flags)
+        if flags:
+            cases = [case for case in cases if case not in small_runs.NOT_SHARDED]
+        ran = start(count, "tests/small_runs.py", folders[name], *flags, *cases)
         assert ran.returncode == 0, ran.stderr
         said = [line for line in ran.stdout.splitlines() if line.startswith("saved ")]
-        cases = [path for path in folders[name].iterdir() if path.is_dir()]
         assert len(said) == len(cases)  # the first process alone prints
     return folders
 
