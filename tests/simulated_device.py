@@ -173,6 +173,7 @@ def run_all(path) -> None:
     from transformers import PreTrainedModel
 
     common.WORTH_SHARING = 0
+    common.LOGITS_AT_ONCE = 500  # several parts
     # It looks for shared storage, which wrappers have none of.
     PreTrainedModel.save_pretrained = lambda self, folder: None
     for name, (script, flags) in json.loads(Path(path).read_text()).items():
