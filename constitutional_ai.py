@@ -57,6 +57,7 @@ from plumbing import (
     run_script,
     stop,
     stop_on_error,
+    store_as_computed,
 )
 
 
@@ -559,7 +560,8 @@ def outcome_line(names):
 
 def load_asked(path, device, dtype):
     """Folder or hub name -> the model and its tokenizer."""
-    return load_model(AutoModelForCausalLM, path, device, dtype), load_tokenizer(path)
+    model = store_as_computed(load_model(AutoModelForCausalLM, path, device, dtype))
+    return model, load_tokenizer(path)
 
 
 def check_critic(critic, rows, args):

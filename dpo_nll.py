@@ -65,6 +65,7 @@ from plumbing import (
     soft_label,
     stop,
     stop_on_error,
+    store_as_computed,
     with_ended,
 )
 
@@ -492,7 +493,7 @@ def main(args: Args):
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     num_pairs = args.num_pairs if args.iterations else len(pairs)
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
-    ref = None if args.precompute_ref else load_model(*load_again)
+    ref = None if args.precompute_ref else store_as_computed(load_model(*load_again))
     steps_per_iteration = math.ceil(num_pairs * args.num_epochs / args.batch_size)
     num_steps = steps_per_iteration * max(1, args.iterations)
     lr = args.learning_rate
@@ -510,7 +511,7 @@ def main(args: Args):
     def report():
         if not eval_pairs and not eval_rows:
             return
-        start_model = load_model(*load_again)
+        start_model = store_as_computed(load_model(*load_again))
         metrics = {}
         if eval_pairs:
             logps = all_logps(policy, tokenizer, eval_pairs, max_length, args)

@@ -64,6 +64,7 @@ from plumbing import (
     report_greedy,
     run_script,
     stop,
+    store_as_computed,
     with_ended,
 )
 
@@ -412,7 +413,7 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
     policy = load_model(*load_again, args.gradient_checkpointing)
-    ref = load_model(*load_again) if args.beta else None
+    ref = store_as_computed(load_model(*load_again)) if args.beta else None
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     lr = args.learning_rate
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)

@@ -80,6 +80,7 @@ from plumbing import (
     run_script,
     stop,
     stop_on_error,
+    store_as_computed,
     with_ended,
 )
 
@@ -451,7 +452,7 @@ def main(args: Args):
     pretrain_texts = load_texts(args, tokenizer)
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
     policy = load_model(*load_again, args.gradient_checkpointing)
-    ref = load_model(*load_again) if args.beta else None
+    ref = store_as_computed(load_model(*load_again)) if args.beta else None
     critic = load_critic(args, tokenizer, device)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions

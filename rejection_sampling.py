@@ -55,6 +55,7 @@ from plumbing import (
     pick_device,
     run_script,
     stop,
+    store_as_computed,
     with_ended,
 )
 
@@ -453,6 +454,7 @@ def main(args: Args):
         if not eval_rows:
             return
         start_model = load_model(AutoModelForCausalLM, args.model, device, args.dtype)
+        store_as_computed(start_model)
         prompts = [row["prompt"] for row in eval_rows]
         sizes = (args.max_new_tokens, args.micro_batch_size)
         metrics = {}
