@@ -2,8 +2,9 @@
 
     python benchmarks/sides.py JOB        # JOB: the JSON that vs_trl.py makes
 
-Each `run_...` returns the seconds of every step, the first one's loss and gradient norm, by which
-vs_trl.py sees that the sides computed the same, and the tokens of a step.
+Each `run_...` returns the seconds of every step, of which the first is not counted; losses and
+gradient norms of the steps of CHECKED, by which vs_trl.py sees that both sides computed the same;
+and the tokens of a step.
 """
 
 import importlib
@@ -26,6 +27,11 @@ from common import Batch, completion_logps, encode, encode_prompt, generate, pad
 from plumbing import Run, load_model, load_rows, parse_args  # noqa: E402
 
 G = 8  # completions a prompt
+# Numbers of the steps that are compared. In the third, two updates have been made, and the policy
+# has left its reference: in the first the KL is 0, and neither would be seen.
+CHECKED = (1, 3)
+GIVEN = max(CHECKED)  # first steps in which completions are given, not sampled; they are not timed
+LEARNING_RATE = 1e-5  # large enough for a KL in the third step
 
 # --- What the sides share -------------------------------------------------------------------------
 
@@ -121,7 +127,7 @@ def run_logps(job, tokenizer):
         loss.backward()
         seconds.append(time.perf_counter() - start)
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-    return seconds, loss.item(), norm, full_tokens(batch)
+    return seconds, [loss.item()], [norm], full_tokens(batch)
 
 
 def run_generate(job, tokenizer):
@@ -139,7 +145,7 @@ def run_generate(job, tokenizer):
         batch = make(model, tokenizer, prompts, each, job["tokens"], 0.0)[0]
         seconds.append(time.perf_counter() - start)
     made = int(batch.completion_mask.sum())
-    return seconds, float((batch.completion_ids * batch.completion_mask).sum()), made, made
+    return seconds, [float((batch.completion_ids * batch.completion_mask).sum())], [made], made
 
 
 # --- Whole steps ----------------------------------------------------------------------------------
@@ -157,14 +163,14 @@ def run_script(job, tokenizer):
         dtype=job["dtype"],
         eval_size=0,
         micro_batch_size=G,
-        learning_rate=1e-6,
+        learning_rate=LEARNING_RATE,
         lr_schedule="constant",
         checkpoint_every=1000,
     )
     if sampled:
         flags |= dict(
             reward=f"{__file__}:reward",
-            num_steps=job["num_steps"],
+            num_steps=job["num_steps"] + GIVEN - 1,
             beta=0.04,
             num_prompts=len(rows),
             num_generations=G,
@@ -186,7 +192,7 @@ def run_script(job, tokenizer):
         *(x for k, v in flags.items() for x in (f"--{k.replace('_', '-')}", str(v))),
     ]
     sys.argv += ["--no-share-prompts"] if job["side"] == "plain" else []
-    make, calls = generate if job["side"] == "ours" else plain_generate, iter([True])
+    make, calls = generate if job["side"] == "ours" else plain_generate, iter([True] * GIVEN)
 
     def generate_given_first(policy, tokenizer, prompts, *options):
         if not next(calls, False):
@@ -207,9 +213,21 @@ def run_script(job, tokenizer):
     Run.log = log_with_clock
     script.main(parse_args(script.Args, {}))
     log = [r for r in load_rows(Path(job["output"], "metrics.jsonl")) if "grad_norm" in r]
-    seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
     tokens = full_tokens(as_batch(rows, tokenizer, name))
-    return [0.0, *seconds], log[0]["loss"], log[0]["grad_norm"], tokens
+    return timed(ends, sampled), *checked(log), tokens
+
+
+def timed(ends, sampled):
+    """Times at which steps ended -> seconds of each, 0 for the first, without the given ones."""
+    seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    skipped = GIVEN - 1 if sampled else 0
+    return [0.0, *seconds[skipped:]]
+
+
+def checked(log):
+    """Logs of the steps -> losses, gradient norms of those of CHECKED that there are."""
+    rows = [log[number - 1] for number in CHECKED if number <= len(log)]
+    return [row["loss"] for row in rows], [row["grad_norm"] for row in rows]
 
 
 def run_trl(job, tokenizer):
@@ -231,10 +249,10 @@ def run_trl(job, tokenizer):
     total = len(rows) * (G if sampled else 1)
     options = dict(
         output_dir=job["output"],
-        max_steps=job["num_steps"],
+        max_steps=job["num_steps"] + (GIVEN - 1 if sampled else 0),
         per_device_train_batch_size=size,
         gradient_accumulation_steps=max(1, total // size),
-        learning_rate=1e-6,
+        learning_rate=LEARNING_RATE,
         weight_decay=0.0,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
@@ -251,7 +269,8 @@ def run_trl(job, tokenizer):
         options |= dict(
             num_generations=G, max_completion_length=job["tokens"], beta=0.04, temperature=1.0
         )
-        options |= dict(loss_type="grpo") if name == "grpo" else {}
+        if name == "grpo":  # its default multiplies the KL by the ratio: another gradient
+            options |= dict(loss_type="grpo", use_bias_correction_kl=False)
         dataset = dataset.select_columns(["prompt"])
     elif pairs:
         options |= dict(max_length=1024)
@@ -291,7 +310,7 @@ def run_trl(job, tokenizer):
 
     trainer.add_callback(Clock)
     if sampled:
-        original, calls = trainer._generate_single_turn, iter([True])
+        original, calls = trainer._generate_single_turn, iter([True] * GIVEN)
 
         def given_first(prompt_ids, *options, **more):
             if not next(calls, False):
@@ -306,9 +325,9 @@ def run_trl(job, tokenizer):
 
         trainer._generate_single_turn = given_first
     trainer.train()
-    seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
     tokens = full_tokens(as_batch(rows, tokenizer, name))
-    return [0.0, *seconds], log[0]["loss"], log[0]["grad_norm"], tokens
+    steps = [row for row in log if "grad_norm" in row]
+    return timed(ends, sampled), *checked(steps), tokens
 
 
 def main(job):

@@ -204,7 +204,8 @@ def test_a_script_and_its_plain_form_have_one_loss_and_gradient(prepared, kind, 
         ours, plain = (vs_trl.measure(work, side, prepared) for side in ("ours", "plain"))
     else:
         ours, plain = (measure_here(work, side, tmp_path) for side in ("ours", "plain"))
-    assert ours["norm"] == pytest.approx(plain["norm"], rel=1e-4) and ours["norm"] > 1e-3
+    assert ours["norm"] == pytest.approx(plain["norm"], rel=1e-4) and min(ours["norm"]) > 1e-3
+    assert len(ours["norm"]) == len(ours["loss"]) == (1 if kind == "rm_bt" else 2)
     assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-4, abs=1e-6)
     assert ours["tokens"] == plain["tokens"] > 100
 
@@ -213,29 +214,33 @@ def test_a_script_and_its_plain_form_have_one_loss_and_gradient(prepared, kind, 
 def test_log_probs_are_those_of_trl(prepared, length, tokens):
     pytest.importorskip("trl", reason="needs the extra `bench`")
     tokenizer = load_tokenizer(prepared / "model")
-    ours, theirs = (
-        sides.run_logps(job(prepared, "logps", side, length, tokens), tokenizer)[1:3]
-        for side in ("ours", "trl")
-    )
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    work = job(prepared, "logps", "", length, tokens)
+    found = []
+    for side in ("ours", "trl"):
+        _, loss, norm, _ = sides.run_logps(work | {"side": side}, tokenizer)
+        found.append(loss + norm)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_a_time_is_believed_only_where_loss_and_gradient_agree():
-    ours = [{"seconds": [1.0, 3.0], "peak": 2.0, "loss": 0.5, "norm": 7.0, "tokens": 60}]
-    peer = [{"seconds": [4.0, 8.0], "peak": 5.0, "loss": 0.5, "norm": 7.0005, "tokens": 60}]
+    ours = [{"seconds": [1.0, 3.0], "peak": 2.0, "loss": [0.5], "norm": [7.0], "tokens": 60}]
+    peer = [{"seconds": [4.0, 8.0], "peak": 5.0, "loss": [0.5], "norm": [7.0005], "tokens": 60}]
     row = ("2.00, 6.00", "30, 10", 3.0, "2.00, 5.00", 0.4)
     assert vs_trl.summary("grpo", ours, peer) == row
-    assert "not the same: norm" in vs_trl.summary("grpo", ours, [peer[0] | {"norm": 7.01}])[0]
-    assert "not the same: loss" in vs_trl.summary("grpo", ours, [peer[0] | {"loss": 0.6}])[0]
-    rounded, other = [peer[0] | {"norm": 7.05}], [peer[0] | {"norm": 7.08}]
+    assert "not the same: norm" in vs_trl.summary("grpo", ours, [peer[0] | {"norm": [7.01]}])[0]
+    assert "not the same: loss" in vs_trl.summary("grpo", ours, [peer[0] | {"loss": [0.6]}])[0]
+    third = [peer[0] | {"norm": [7.0, 7.01], "loss": [0.5, 0.5]}]
+    first = [ours[0] | {"norm": [7.0, 7.0], "loss": [0.5, 0.5]}]
+    assert "not the same: norm 7 and 7.01" in vs_trl.summary("grpo", first, third)[0]
+    rounded, other = [peer[0] | {"norm": [7.05]}], [peer[0] | {"norm": [7.08]}]
     assert "not the same: norm" in vs_trl.summary("grpo", ours, rounded)[0]
     assert vs_trl.summary("grpo", ours, rounded, "bfloat16") == row
     assert "not the same: norm" in vs_trl.summary("grpo", ours, other, "bfloat16")[0]
-    assert vs_trl.summary("generate", ours, [other[0] | {"loss": 9.0}], "bfloat16") == row
+    assert vs_trl.summary("generate", ours, [other[0] | {"loss": [9.0]}], "bfloat16") == row
     assert "not the same: norm" in vs_trl.summary("generate", ours, other)[0]
     assert (
         "not the same: norm"
-        in vs_trl.summary("generate", ours, [{**other[0], "norm": 7.5}], "bfloat16")[0]
+        in vs_trl.summary("generate", ours, [{**other[0], "norm": [7.5]}], "bfloat16")[0]
     )
 
 
