@@ -56,6 +56,7 @@ def plain_generate(
     """common.generate by model.generate: prompts repeated, all rows on to the longest one's end."""
     ids, mask = pad([encode_prompt(tokenizer, p) for p in prompts], "left")
     of = torch.arange(len(prompts)).repeat_interleave(num_generations)
+    ids, mask, of = ids.to(model.device), mask.to(model.device), of.to(model.device)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
@@ -65,7 +66,7 @@ def plain_generate(
         pad_token_id=tokenizer.pad_token_id,
     )
     bfloat16 = getattr(model, "autocast_dtype", None) is not None
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
         out = model.generate(
             input_ids=ids[of], attention_mask=mask[of].long(), generation_config=config
         )[:, ids.shape[1] :]
@@ -75,6 +76,19 @@ def plain_generate(
         [o[k] for o, k in zip(out, keep, strict=True)], skip_special_tokens=True
     )
     return Batch(ids, mask, out, keep, of), texts, is_eos.any(1)
+
+
+def wait(device):
+    """Until the device has computed what it was told to: a GPU does that on its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device):
+    """The most memory that was used, in GB: on cuda by tensors, else by the process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def full_tokens(batch):
@@ -91,7 +105,11 @@ def run_logps(job, tokenizer):
     batch = as_batch(rows[: 1 if "ranks" in rows[0] else G // 2], tokenizer, "logps")
     weights = torch.rand(batch.completion_ids.shape, generator=torch.Generator().manual_seed(0))
     weights = weights * batch.completion_mask / batch.completion_mask.sum()
-    model = load_model(AutoModelForCausalLM, job["model"], torch.device("cpu"), job["dtype"])
+    model = load_model(
+        AutoModelForCausalLM, job["model"], torch.device(job["device"]), job["dtype"]
+    )
+    batch = batch.to(model.device)
+    weights = weights.to(model.device)
     if job["side"] == "trl":
         from trl.trainer.utils import add_fused_lm_head
 
@@ -109,7 +127,8 @@ def run_logps(job, tokenizer):
         ]
         starts = batch.prompt_mask.sum(1)[of]
         ids, mask = pad([x.tolist() for x in both], "right")  # as its DPO pads
-        where = torch.arange(ids.shape[1]) - starts[:, None]
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        where = torch.arange(ids.shape[1], device=model.device) - starts[:, None]
         labels = ids.masked_fill((where < 0) | ~mask, -100)
         weights = weights.gather(1, where.clamp(0, weights.shape[1] - 1))[:, 1:]
     seconds = []
@@ -117,7 +136,8 @@ def run_logps(job, tokenizer):
         model.zero_grad(set_to_none=True)
         start = time.perf_counter()
         if job["side"] == "trl":
-            with torch.autocast("cpu", torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
+            in_bfloat16 = job["dtype"] == "bfloat16"
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=in_bfloat16):
                 logps = model(
                     input_ids=ids, attention_mask=mask.long(), labels=labels, fused_lm_head=True
                 ).log_probs
@@ -125,6 +145,7 @@ def run_logps(job, tokenizer):
             logps = completion_logps(model, batch, 1.0, job["side"] == "ours")
         loss = (logps * weights).sum()
         loss.backward()
+        wait(model.device)
         seconds.append(time.perf_counter() - start)
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
     return seconds, [loss.item()], [norm], full_tokens(batch)
@@ -134,7 +155,9 @@ def run_generate(job, tokenizer):
     """Greedy, so that both sides must give the same: the sum of the token ids is compared, and the
     number of them."""
     rows = load_rows(job["rows"])
-    model = load_model(AutoModelForCausalLM, job["model"], torch.device("cpu"), job["dtype"])
+    model = load_model(
+        AutoModelForCausalLM, job["model"], torch.device(job["device"]), job["dtype"]
+    )
     prompts, each = [row["prompt"] for row in rows], G if "8 each" in job["name"] else 1
     if "equal" in job["name"]:
         prompts = prompts if each > 1 else prompts * (G // 2)
@@ -161,6 +184,7 @@ def run_script(job, tokenizer):
         dataset=job["rows"],
         output_dir=job["output"],
         dtype=job["dtype"],
+        device=job["device"],
         eval_size=0,
         micro_batch_size=G,
         learning_rate=LEARNING_RATE,
@@ -198,8 +222,9 @@ def run_script(job, tokenizer):
         if not next(calls, False):
             return make(policy, tokenizer, prompts, *options)
         given = {row["prompt"]: row["completions"] for row in rows}
-        batch = encode(tokenizer, prompts, [given[p] for p in prompts])
-        return batch, [c for p in prompts for c in given[p]], torch.ones(len(batch.prompt_of)) > 0
+        batch = encode(tokenizer, prompts, [given[p] for p in prompts]).to(policy.device)
+        texts = [c for p in prompts for c in given[p]]
+        return batch, texts, torch.ones_like(batch.prompt_of) > 0
 
     if sampled:
         script.generate = generate_given_first
@@ -258,7 +283,7 @@ def run_trl(job, tokenizer):
         max_grad_norm=1.0,
         gradient_checkpointing=False,
         bf16=job["dtype"] == "bfloat16",
-        use_cpu=True,
+        use_cpu=job["device"] == "cpu",
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -337,7 +362,7 @@ def main(job):
         job["kind"], run_trl if job["side"] == "trl" else run_script
     )
     seconds, loss, norm, tokens = run(job, tokenizer)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = peak_memory(job["device"])
     print(
         "\n"
         + json.dumps(

@@ -41,6 +41,7 @@ from plumbing import load_rows, load_tokenizer, parse_args, stop  # noqa: E402
 class Args:
     model: str = str(ROOT / "toy/model")  # folder of a causal model
     pairs: str = str(ROOT / "toy/pref_train.jsonl")  # rows `prompt`, `chosen`, `rejected`, for (c)
+    device: Literal["cpu", "cuda"] = "cpu"  # where both sides run
     cases: tuple[str, ...] = ()  # names of cases, of those that are printed; none: all
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     num_prompts: int = 2  # prompts of a step, 8 completions each
@@ -190,6 +191,7 @@ def main(args):
                     kind=kind,
                     tokens=tokens,
                     dtype=dtype,
+                    device=args.device,
                     model=f"{work}/model",
                     rm=f"{work}/rm",
                     rows=f"{work}/{length}_{tokens}.jsonl",

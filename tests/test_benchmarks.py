@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ from common import generate
 from plumbing import Run, load_model, load_rows, load_tokenizer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu
 import over_optimisation
 import plot
 import scaling
@@ -117,7 +119,7 @@ def prepared(tmp_path_factory):
 
 def job(work, kind, side, length, tokens):
     return dict(
-        name=kind, kind=kind, side=side, tokens=tokens, dtype="float32", num_steps=1,
+        name=kind, kind=kind, side=side, tokens=tokens, dtype="float32", num_steps=1, device="cpu",
         keep_memory=False, model=f"{work}/model", rm=f"{work}/rm",
         rows=f"{work}/{length}_{tokens}.jsonl",
     )  # fmt: skip
@@ -257,6 +259,61 @@ def test_operations_are_counted_by_hand():
     for tied in True, False:
         config.tie_word_embeddings = tied
         assert scaling.operations(LlamaForCausalLM(config), 2, 3, 5, 7) == expected
+
+
+# --- gpu.py ---------------------------------------------------------------------------------------
+
+
+def test_the_report_of_a_gpu(monkeypatch, capsys):
+    """A row for each script; what failed says so, and the others are there."""
+
+    def measure(script, args, processes=1):
+        if script == "ppo":
+            return {"error": "out of | memory"}
+        return {"tokens": 123.4, "peak": 5.678, "before": 0.4}
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu, "run_tests", lambda args: "14 passed")
+    monkeypatch.setattr(gpu, "compare_with_trl", lambda args: "| case |")
+    gpu.main(gpu.Args(device="cpu", scripts=("grpo", "ppo")))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"Commit {gpu.commit()}, a CPU, ") and "model model" in lines[0]
+    assert lines[2:] == [
+        "Tests of the device: 14 passed",
+        "",
+        "| script | tokens per second | peak memory, GB |",
+        "|---|---|---|",
+        "| grpo.py | 123 | 5.68 |",
+        "| ppo.py | failed: out of / memory | |",
+        "",
+        "| case |",
+    ]
+
+
+def test_one_script_is_measured():
+    args = gpu.Args(device="cpu", num_steps=2, num_prompts=1, max_new_tokens=4)
+    found = gpu.measure("grpo", args)
+    assert found["tokens"] > 0 and 0 < found["before"] <= found["peak"] < 10
+    args.model = "no such folder"
+    assert "no such folder" in gpu.measure("grpo", args)["error"]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--scripts", "grpo", "judge"], "--scripts judge: not among sft, rm_bt"),
+        (["--device", "cuda"], "--device cuda: PyTorch sees no GPU here"),
+        (["--num-steps", "0"], "--num-steps"),
+    ],
+)
+def test_what_the_gpu_report_refuses(words, said):
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is one")
+    program = [sys.executable, str(ROOT / "benchmarks/gpu.py"), *words]
+    if "cuda" not in words:
+        program += ["--device", "cpu", "--no-tests", "--no-trl"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 1 and said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 # --- over_optimisation.py -------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Models that are not trained, stored in bfloat16; the count of memory beside what is taken."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
@@ -15,6 +18,10 @@ import dpo_nll
 import grpo
 import plumbing
 import rejection_sampling
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu  # noqa: E402
+import memory  # noqa: E402
 
 CPU = torch.device("cpu")
 POLICY = transformers.AutoModelForCausalLM
@@ -144,3 +151,77 @@ def test_a_run_is_the_same_with_its_reference_stored_as_computed(
     half = len(stored) // 2
     assert half and dtypes == [torch.bfloat16] * half + [torch.float32] * half
     assert found[0] == found[1] and len(found[0]) > 2
+
+
+# --- The count ------------------------------------------------------------------------------------
+
+
+def test_bytes_per_parameter_by_hand():
+    """Weights 4, gradients 4, Adam 8; a second model 4, or 2 in bfloat16; autocast's copy 2."""
+    count = memory.bytes_per_parameter
+    assert count("sft.py", "float32") == 16 and count("sft.py", "bfloat16") == 18
+    grpo_row = "grpo.py, reinforce_rloo.py"
+    assert count(grpo_row, "float32") == count(grpo_row, "bfloat16") == 20
+    assert count(grpo_row, "bfloat16", is_linear=False) == 20  # no copy, and the reference is 4
+    assert count("ppo.py", "float32") == 36 and count("ppo.py --beta 0", "bfloat16") == 34
+    assert count(memory.LORA, "float32") == 4 and count(memory.LORA, "bfloat16") == 2
+
+
+def test_parameters_and_logits_of_a_shape():
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    for tied in (False, True):
+        config.tie_word_embeddings = tied
+        model = transformers.LlamaForCausalLM(config)
+        shape = memory.shape_of(config)
+        count = sum(p.numel() for p in model.parameters())
+        assert shape.linear_parameters() + shape.other_parameters() == count
+    # Of rank 2, on q, k, v, o, gate, up and down: rank times inputs and outputs
+    layer = (16 + 32) + (16 + 16) + (16 + 16) + (32 + 16) + 3 * (16 + 24)
+    assert shape.adapter_parameters(2) == 3 * 2 * layer
+    assert memory.logit_bytes(shape, "bfloat16") == 50 * 4
+    assert memory.cache_bytes(shape, "float32") == 3 * 2 * 16 * 4
+
+
+def test_what_fits_grows_with_the_device_and_shrinks_with_the_work():
+    big, small = memory.Work(micro_batch_size=64), memory.Work(micro_batch_size=1)
+    assert memory.largest("sft.py", 1, small) == "none"
+    assert float(memory.largest("sft.py", 80, small)) > float(memory.largest("sft.py", 24, small))
+    for row in memory.ROWS:
+        for shape in memory.SHAPES.values():
+            few, many = (memory.total_bytes(row, shape, work) for work in (small, big))
+            weights = 2 * (shape.linear_parameters() + shape.other_parameters())
+            assert weights < few < many
+
+
+def test_the_tables_of_the_documentation_are_the_program_s():
+    out = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/memory.py"], capture_output=True, text=True
+    )
+    text = (ROOT / "docs/memory.md").read_text()
+    tables = out.stdout.strip().split("\n\n")
+    assert len(tables) == 2
+    for table in tables:
+        assert table in text
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "script, row",
+    [("sft", "sft.py"), ("grpo", "grpo.py, reinforce_rloo.py"), ("dpo_nll", "dpo_nll.py")],
+)
+def test_the_count_is_what_a_real_model_takes(script, row, real_model):
+    """Within a quarter, of the memory that the process takes beyond what its imports do."""
+    args = gpu.Args(
+        model=real_model, device="cpu", dtype="float32", num_steps=2, num_prompts=1, batch_size=4,
+        max_new_tokens=32, micro_batch_size=4,
+    )  # fmt: skip
+    found = gpu.measure(script, args)
+    shape = memory.shape_of(transformers.AutoConfig.from_pretrained(real_model))
+    work = memory.Work("float32", micro_batch_size=4, prompt=40, completion=50, sampled=8)
+    counted = memory.total_bytes(row, shape, work) / 1e9
+    taken = found["peak"] - found["before"]
+    print(f"{script}: counted {counted:.2f} GB, taken {taken:.2f} GB")
+    assert counted == pytest.approx(taken, rel=0.25)
