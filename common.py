@@ -14,9 +14,11 @@ the vocabulary.
 import contextlib
 import functools
 import inspect
+import itertools
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import transformers
 from torch.nn.functional import pad as pad_tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -59,8 +61,9 @@ class Batch:
 
         Prompts whose longest row (prompt and completion) is long go first, so that rows of like
         length share a micro-batch, and a lack of memory shows at once.
-        size: completions in a micro-batch. whole_prompts: never divide the completions of one
-        prompt; a prompt that has more than `size` of them is a micro-batch of its own.
+        size: completions in a micro-batch, at most; fewer where the processes would not get
+        equally many micro-batches. whole_prompts: never divide the completions of one prompt; a
+        prompt that has more than `size` of them is a micro-batch of its own.
         """
         prompt_lengths = self.prompt_mask.sum(1)
         row_lengths = prompt_lengths[self.prompt_of] + self.completion_mask.sum(1)
@@ -70,9 +73,9 @@ class Batch:
         order = (self.prompt_of - longest * len(prompt_lengths)).argsort()
         if whole_prompts:
             _, counts = self.prompt_of[order].unique_consecutive(return_counts=True)
-            parts = order.split(_pack(counts.tolist(), size))
+            parts = _for_all_processes(order.split(_pack(counts.tolist(), size)), self.prompt_of)
         else:
-            parts = order.split(size)
+            parts = _for_all_processes(order.split(size))
         return [part.sort().values for part in parts]  # prompt-major, as `rows` needs it
 
     def to(self, device):
@@ -110,6 +113,124 @@ def pad(rows, side):
     if side == "left":  # with each row's last id: that of id 0 may be an embedding of zeros, whose
         padded = torch.where(mask, padded, padded[:, -1:])  # norm has no gradient (Gemma 3n)
     return padded, mask
+
+
+# --- Several processes ----------------------------------------------------------------------------
+# Under torchrun, every process runs the same program on the same rows and holds the whole of each
+# step. Only what goes through a model is dealt out, and put together at once: advantages, means and
+# metrics need no change, and are those of one process.
+
+
+def process():
+    """Number of this process, and how many there are -> (int, int); (0, 1) without torchrun."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def deal_out(parts, sharded=False):
+    """A list, such as that of all micro-batches -> list of those that are this process's.
+
+    Raises ValueError where the model is sharded and some processes would get fewer than others.
+    """
+    number, count = process()
+    if sharded and len(parts) % count:
+        raise ValueError(
+            f"--shard: {len(parts)} micro-batches cannot be dealt out equally to {count} "
+            "processes: choose a number of rows whose last step has at least one for each."
+        )
+    return parts[number::count]
+
+
+def micro_batches(index, size):
+    """Index tensor (N,) -> list of parts of at most `size`, equally many for each process."""
+    return _for_all_processes(index.split(size))
+
+
+def _for_all_processes(parts, prompt_of=None):
+    """Halve the largest micro-batches until all processes get equally many, where that can be.
+
+    prompt_of: the prompt of each completion, where those of one prompt stay together.
+    """
+    parts = list(parts)
+    while len(parts) % process()[1]:
+        members = parts
+        if prompt_of is not None:
+            members = [prompt_of[part].unique_consecutive() for part in parts]
+        sizes = [len(one) for one in members]
+        i = sizes.index(max(sizes))
+        if sizes[i] == 1:
+            break
+        cut = sizes[i] // 2
+        if prompt_of is not None:
+            cut = int((prompt_of[parts[i]] == members[i][cut]).nonzero()[0])
+        parts[i : i + 1] = [parts[i][:cut], parts[i][cut:]]
+    return parts
+
+
+def add_up(tensor):
+    """Add the tensors of all processes, in place -> the same tensor, now equal in all of them."""
+    if process()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def add_up_gradients(model):
+    """Add the gradients of all processes: each has those of its own micro-batches."""
+    count = process()[1]
+    if count == 1:
+        return
+    if getattr(model, "sharded", False):  # there FSDP has put their mean into place already
+        for parameter in model.parameters():
+            parameter.grad *= count
+        return
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:  # such as that of an expert which no token here has met
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+
+@contextlib.contextmanager
+def whole(model):
+    """Inside, a sharded model is whole in every process: for passes without gradient.
+
+    Each process may then call it as often as it likes. Other models are whole as they are.
+    """
+    parts = []
+    if getattr(model, "sharded", False):
+        parts = [module for module in model.modules() if hasattr(module, "unshard")]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    yield
+    for part in parts:
+        part.reshard()
+        part.set_reshard_after_forward(True, recurse=False)
+
+
+def gather(values):
+    """Lists of all processes, in the order of these -> one list in all of them."""
+    count = process()[1]
+    if count == 1:
+        return values
+    lists = [None] * count
+    dist.all_gather_object(lists, values)
+    return list(itertools.chain.from_iterable(lists))
+
+
+@contextlib.contextmanager
+def _own_seed(temperature, device):
+    """Inside, each process draws numbers of its own; behind it, the generators are equal again."""
+    number, count = process()
+    if count == 1 or temperature == 0:  # greedy completions draw nothing
+        yield
+        return
+    seed = int(torch.randint(2**62, ())) + number
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
 
 
 # --- From text to tokens --------------------------------------------------------------------------
@@ -574,9 +695,12 @@ def _outputs(model, net, batch, num_tokens, share_prompts):
     cache = None
     worth_it = share_prompts and saved_tokens > WORTH_SHARING and not recompute
     if worth_it and _keeps_keys_only(model):
-        cache, _ = _prompt_cache(model, net, batch, before)
+        cache, last = _prompt_cache(model, net, batch, before)
         ids = ids[:, before:]
     outputs = _call(model, net, ids, mask, cache, keep=num_tokens + 1)
+    if cache is not None and getattr(model, "sharded", False):
+        # FSDP waits for a gradient of what the prompt pass returned, not only of its cache
+        outputs = outputs + 0 * last[:, None]
     return outputs[:, -num_tokens - 1 :]
 
 
@@ -636,10 +760,11 @@ def _token_logps(logits, ids, temperature):
 def fixed_logps(model, batch, temperature=1.0, micro_batch_size=8, share_prompts=True):
     """`completion_logps` without gradient, in micro-batches -> (R, Tc)."""
     logps = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
-    for index in batch.split(micro_batch_size):
-        part = completion_logps(model, batch.rows(index), temperature, share_prompts)
-        logps[index, : part.shape[1]] = part
-    return logps
+    with whole(model):
+        for index in deal_out(batch.split(micro_batch_size)):
+            part = completion_logps(model, batch.rows(index), temperature, share_prompts)
+            logps[index, : part.shape[1]] = part
+    return add_up(logps)
 
 
 def completion_scores(model, batch, share_prompts=True, before=False):
@@ -725,23 +850,66 @@ def _end_ids(model, tokenizer):
 
 @torch.no_grad()
 def generate(
-    model, tokenizer, prompts, num_generations, max_new_tokens, temperature=1.0, top_p=1.0, top_k=0
+    model,
+    tokenizer,
+    prompts,
+    num_generations,
+    max_new_tokens,
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    batch_size=None,
 ):
     """Sample `num_generations` completions of each prompt (text or chat); temperature 0 is greedy.
 
     -> Batch on the model's device, R texts, ended (R,) bool: False where the tokens ran out.
+    batch_size: prompts at a time, to save memory; None: all. With another one, or another number of
+    processes, a seed gives other samples.
     The sampling values of the model's own generation_config are not used: the log-probs of training
     would not know of them. Raises ValueError where the logits are nan.
     """
     prompt_rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    number, count = process()
+    mine = prompt_rows
+    if count > 1:  # neighbours, so that the order of all is that of the processes
+        places = torch.arange(len(prompts)).tensor_split(count)[number]
+        mine = [prompt_rows[i] for i in places]
+    size = batch_size or max(1, len(mine))
+    sampling = (temperature, top_p, top_k)
+    rows = []
+    ended = []
+    with whole(model), _own_seed(temperature, model.device):
+        for start in range(0, len(mine), size):
+            batch = _empty_batch(mine[start : start + size], num_generations, max_new_tokens)
+            batch = batch.to(model.device)
+            ended += _fill(model, _end_ids(model, tokenizer), batch, sampling)
+            lengths = batch.completion_mask.sum(1).tolist()
+            for ids, length in zip(batch.completion_ids.tolist(), lengths, strict=True):
+                rows.append(ids[:length])
+    rows = gather(rows)
+    ended = torch.tensor(gather(ended), device=model.device)
     prompt_of = torch.arange(len(prompts)).repeat_interleave(num_generations)
+    batch = Batch(*pad(prompt_rows, "left"), *pad(rows, "right"), prompt_of)
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return batch.to(model.device), texts, ended
+
+
+def _empty_batch(prompt_rows, num_generations, max_new_tokens):
+    """A batch with room for the completions, of which no token is there yet."""
+    prompt_of = torch.arange(len(prompt_rows)).repeat_interleave(num_generations)
     ids = torch.zeros(len(prompt_of), max_new_tokens, dtype=torch.long)
     nothing = torch.zeros_like(ids, dtype=torch.bool)
-    batch = Batch(*pad(prompt_rows, "left"), ids, nothing, prompt_of).to(model.device)
+    return Batch(*pad(prompt_rows, "left"), ids, nothing, prompt_of)
 
-    end_ids = _end_ids(model, tokenizer)
-    ended = torch.zeros(len(ids), dtype=torch.bool, device=model.device)
-    rows = torch.arange(len(ids), device=model.device)  # those that still go through the model
+
+def _fill(model, end_ids, batch, sampling):
+    """Sample the completions of a batch, in place -> for each whether it ended, a list of bools.
+
+    sampling: temperature, top_p and top_k.
+    """
+    num_rows, max_new_tokens = batch.completion_ids.shape
+    ended = torch.zeros(num_rows, dtype=torch.bool, device=model.device)
+    rows = torch.arange(num_rows, device=model.device)  # those that still go through the model
     mask = batch.prompt_mask[batch.prompt_of]
     with _autocast(model):  # around the loop: inside, each token would cast the weights anew
         cache, logits = _prompt_cache(model, model, batch, mask.shape[1])
@@ -752,7 +920,7 @@ def generate(
                 "them."
             )
         for t in range(max_new_tokens):
-            token = _sample(logits, temperature, top_p, top_k)
+            token = _sample(logits, *sampling)
             batch.completion_ids[rows, t] = token
             batch.completion_mask[:, t] = ~ended
             ended[rows] |= torch.isin(token, end_ids)
@@ -766,17 +934,7 @@ def generate(
                 mask = mask[keep]
             mask = pad_tensor(mask, (0, 1), value=True)
             logits = _call(model, model, token[:, None], mask, cache)[:, -1]
-
-    batch = batch.rows(torch.arange(len(ids), device=model.device))  # cut to the longest
-    return batch, _decode(tokenizer, batch), ended
-
-
-def _decode(tokenizer, batch):
-    """Texts of the completions of a batch, without special tokens."""
-    completions = []
-    for ids, mask in zip(batch.completion_ids, batch.completion_mask, strict=True):
-        completions.append(ids[mask].tolist())
-    return tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return ended.tolist()
 
 
 # --- KL and means ---------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ How the code departs from the print:
     3. Bai et al. show the critic examples before each request, and have for each principle a
        request for a critique and one for a revision. Here the same two requests serve all.
     4. A revision that was cut off, or is empty, is not taken: the answer before it stays.
+    5. With --criticise-first the feedback model criticises both answers, and the request to compare
+       them shows what it said. Bai et al. let it think before it chooses, too (chain of thought).
 
     python constitutional_ai.py                      # the toy: answers revised, in two minutes
     python constitutional_ai.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset prompts.jsonl
@@ -49,6 +51,7 @@ from plumbing import (
     check_prompts,
     check_vocabulary,
     has_answers,
+    hold_as_computed,
     last_number,
     load_model,
     load_rows,
@@ -57,7 +60,6 @@ from plumbing import (
     run_script,
     stop,
     stop_on_error,
-    store_as_computed,
 )
 
 
@@ -90,6 +92,9 @@ class Args:
     num_revisions: int = 4  # n, critiques and revisions of each answer (Bai et al.: 4)
     num_principles: int = 1
     """principles, at most, that each pair of answers is compared by, one at a time"""
+    criticise_first: bool = False
+    """with --stage compare: the feedback model criticises both answers before it compares them, and
+    is shown the critiques"""
     max_new_tokens: int = 256  # longest answer, critique or revision, in tokens
     temperature: float = 1.0  # temperature of sampling of the policy's answers
     feedback_temperature: float = 1.0  # temperature of sampling of critiques and revisions
@@ -106,6 +111,7 @@ TOY = dict(
     constitution="toy/constitution.txt",
     num_prompts=1000,
     num_principles=3,
+    criticise_first=True,
     max_new_tokens=48,
     feedback_temperature=0.5,
     batch_size=250,
@@ -177,6 +183,7 @@ Which answer is better? {principle}
 (A) {first}
 (B) {second}
 Reply (A) or (B)."""
+CRITICISED = "{answer}\nCritique: {critique}"
 LETTERS = ["(A)", "(B)"]
 
 
@@ -205,6 +212,14 @@ def comparison_request(prompt, principle, first, second):
     conversation = conversation_as_text(prompt)
     texts = {"principle": principle, "first": first, "second": second}
     return COMPARISON_REQUEST.format(conversation=conversation, **texts)
+
+
+def criticised(answer, critique):
+    """-> the answer with its critique below, as a comparison shows it with --criticise-first.
+
+    Bai et al. 2022: thoughts before a choice (chain of thought).
+    """
+    return CRITICISED.format(answer=answer, critique=critique)
 
 
 def conversation_as_text(prompt):
@@ -443,6 +458,42 @@ def outcome_of_pair(first, second, ended):
     return "equal" if first == second else "compared"
 
 
+def add_pair_critiques(critic, compared, args):
+    """Put into each pair that can be compared the critiques of both answers by each principle.
+
+    A pair has no room where one of the requests for them does not fit in the context.
+    """
+    pairs = [entry for entry in compared if entry["outcome"] == "compared"]
+    requests = []
+    for entry in pairs:
+        for principle in entry["principles"]:
+            for answer in entry["answers"]:
+                requests.append(critique_request(entry["prompt"], answer, principle))
+    critiques, _ = write(critic, requests, args.max_new_tokens, args.feedback_temperature)
+    place = 0
+    for entry in pairs:
+        entry["critiques"] = []
+        for _ in entry["principles"]:
+            both = critiques[place : place + 2]
+            entry["critiques"].append(both)
+            place += 2
+            if None in both:
+                entry["outcome"] = "no room"
+
+
+def pair_requests(entry):
+    """A pair -> what the critic is asked: by each principle, in both orders of the answers."""
+    requests = []
+    for i, principle in enumerate(entry["principles"]):
+        first, second = entry["answers"]
+        if "critiques" in entry:
+            first = criticised(first, entry["critiques"][i][0])
+            second = criticised(second, entry["critiques"][i][1])
+        requests.append(comparison_request(entry["prompt"], principle, first, second))
+        requests.append(comparison_request(entry["prompt"], principle, second, first))
+    return requests
+
+
 def compare(critic, rows, pairs, ended, drawn, args):
     """Pairs of answers -> a dict for each row: the pair, its principles and its soft label.
 
@@ -450,20 +501,23 @@ def compare(critic, rows, pairs, ended, drawn, args):
     empty or cut off, where both are the same, or where a request does not fit in the context.
     """
     compared = []
-    requests = []
     for row, (first, second), done, principles in zip(rows, pairs, ended, drawn, strict=True):
-        of_pair = []
-        for principle in principles:
-            of_pair.append(comparison_request(row["prompt"], principle, first, second))
-            of_pair.append(comparison_request(row["prompt"], principle, second, first))
         outcome = outcome_of_pair(first, second, done)
-        if not all(has_room(critic, request, len(LETTERS[0])) for request in of_pair):
-            outcome = "no room"
-        if outcome == "compared":
-            requests += of_pair
         entry = {"prompt": row["prompt"], "answers": [first, second], "principles": principles}
         compared.append(entry | {"outcome": outcome})
-    labelled = [entry for entry in compared if entry["outcome"] == "compared"]
+    if args.criticise_first:
+        add_pair_critiques(critic, compared, args)
+    requests = []
+    labelled = []
+    for entry in compared:
+        if entry["outcome"] != "compared":
+            continue
+        of_pair = pair_requests(entry)
+        if all(has_room(critic, request, len(LETTERS[0])) for request in of_pair):
+            requests += of_pair
+            labelled.append(entry)
+        else:
+            entry["outcome"] = "no room"
     if labelled:
         logps = letter_logps(critic, requests, args.batch_size)
         logps = logps.view(len(labelled), -1, 2, 2)  # (pairs, K, 2 orders, 2 letters)
@@ -560,7 +614,7 @@ def outcome_line(names):
 
 def load_asked(path, device, dtype):
     """Folder or hub name -> the model and its tokenizer."""
-    model = store_as_computed(load_model(AutoModelForCausalLM, path, device, dtype))
+    model = hold_as_computed(load_model(AutoModelForCausalLM, path, device, dtype))
     return model, load_tokenizer(path)
 
 
@@ -569,7 +623,8 @@ def check_critic(critic, rows, args):
     model, tokenizer = critic
     name = args.feedback_model or args.model
     check_vocabulary(tokenizer, model, rows)
-    if args.stage == "revise" and not tokenizer.chat_template:
+    asks_for_critiques = args.stage == "revise" or args.criticise_first
+    if asks_for_critiques and not tokenizer.chat_template:
         stop(f"{name}: its tokenizer has no chat template, and a critique is a turn of a chat")
     for row in rows:
         if is_rendered(tokenizer, row["prompt"]):

@@ -43,7 +43,16 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import completion_logps, encode, encode_answers, fixed_logps, generate
+from common import (
+    add_up,
+    add_up_gradients,
+    completion_logps,
+    deal_out,
+    encode,
+    encode_answers,
+    fixed_logps,
+    generate,
+)
 from plumbing import (
     Run,
     answer_text,
@@ -51,6 +60,7 @@ from plumbing import (
     check_prompts,
     check_texts,
     greedy_rewards,
+    hold_as_computed,
     is_verified,
     kl_from_start,
     last_number,
@@ -60,12 +70,12 @@ from plumbing import (
     load_splits,
     load_tokenizer,
     pick_device,
+    reference_of,
     run_script,
     show_batch,
     soft_label,
     stop,
     stop_on_error,
-    store_as_computed,
     with_ended,
 )
 
@@ -131,6 +141,9 @@ class Args:
     max_length: int = 1024
     """most tokens of a prompt and its completion together; longer completions are cut"""
     learning_rate: float = 7e-7  # peak learning rate of AdamW (Pang et al.: 7e-7)
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule after the warm-up; linear and cosine fall to 0"""
     warmup_ratio: float = 0.1  # fraction of the steps used for linear warm-up (Tulu 3: 0.1)
@@ -398,6 +411,8 @@ def check_args(args, pairs):
     """Stop where flags contradict each other, or --margin-scale has nothing to scale."""
     if args.loss != "rebel" and not args.beta:
         stop("--beta 0: without it the loss does not see the policy")
+    if args.lora_rank and not args.precompute_ref:
+        stop("--no-precompute-ref keeps a second model, which --lora-rank is there to do without")
     if args.iterations and (args.num_generations < 2 or not args.temperature):
         stop(
             f"--num-generations {args.num_generations} --temperature {args.temperature}: a pair "
@@ -484,16 +499,15 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
     score = load_reward(args.reward, verifier, *model_options)
-    recompute = args.gradient_checkpointing
-    policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
+    load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
+    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
     max_length = min(args.max_length, policy.context)
     rows, pairs, eval_pairs, eval_rows = load_data(args, tokenizer, policy, max_length)
     check_args(args, pairs)
     policy.context = max_length  # what is sampled must fit in training, too
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     num_pairs = args.num_pairs if args.iterations else len(pairs)
-    load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
-    ref = None if args.precompute_ref else store_as_computed(load_model(*load_again))
+    ref = None if args.precompute_ref else hold_as_computed(load_model(*load_again))
     steps_per_iteration = math.ceil(num_pairs * args.num_epochs / args.batch_size)
     num_steps = steps_per_iteration * max(1, args.iterations)
     lr = args.learning_rate
@@ -511,7 +525,7 @@ def main(args: Args):
     def report():
         if not eval_pairs and not eval_rows:
             return
-        start_model = store_as_computed(load_model(*load_again))
+        start_model = reference_of(policy) or hold_as_computed(load_model(*load_again))
         metrics = {}
         if eval_pairs:
             logps = all_logps(policy, tokenizer, eval_pairs, max_length, args)
@@ -559,9 +573,9 @@ def main(args: Args):
             ref_logps = torch.tensor([pair["ref_logps"] for pair in drawn]).to(device)
 
         # 2. Log-probs and loss; each micro-batch weighs as much as its share of the step's pairs
-        loss, nll = 0.0, 0.0
+        totals = torch.zeros(2, device=device)  # loss, NLL
         logps = torch.zeros_like(ref_logps)
-        for mb in batch.split(args.micro_batch_size, whole_prompts=True):
+        for mb in deal_out(batch.split(args.micro_batch_size, whole_prompts=True)):
             part = batch.rows(mb)
             pair = batch.prompt_of[mb][::2]  # indices of the pairs: chosen and rejected alternate
             token_logps = completion_logps(policy, part, 1.0, args.share_prompts)
@@ -573,9 +587,11 @@ def main(args: Args):
             share = len(pair) / len(drawn)
             mb_loss = dpo_nll_loss(mb_loss, mb_nll, args.alpha) * share
             mb_loss.backward()
-            loss += mb_loss.item()
-            nll += mb_nll.item() * share
+            totals += torch.stack([mb_loss.detach(), mb_nll.detach() * share])
             logps[pair] = mb_logps.detach()
+        loss, nll = add_up(totals).tolist()
+        add_up(logps)
+        add_up_gradients(policy)
 
         # 3. Gradient step
         lr = scheduler.get_last_lr()[0]

@@ -47,12 +47,23 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import completion_logps, fixed_logps, generate, kl_estimate, masked_mean
+from common import (
+    add_up,
+    add_up_gradients,
+    completion_logps,
+    deal_out,
+    fixed_logps,
+    generate,
+    kl_estimate,
+    masked_mean,
+    micro_batches,
+)
 from plumbing import (
     Run,
     check_finite,
     check_prompts,
     has_answers,
+    hold_as_computed,
     is_verified,
     last_number,
     load_model,
@@ -61,10 +72,10 @@ from plumbing import (
     load_tokenizer,
     one_number,
     pick_device,
+    reference_of,
     report_greedy,
     run_script,
     stop,
-    store_as_computed,
     with_ended,
 )
 
@@ -121,6 +132,9 @@ class Args:
     """gradient steps per pass; with one gradient step in all, the ratio is 1 (eq. 11)"""
     micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
     learning_rate: float = 1e-6  # peak learning rate of AdamW (DeepSeekMath: 1e-6)
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """learning-rate schedule; linear and cosine fall to 0"""
     max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
@@ -375,6 +389,33 @@ def process_rewards(values, batch, tokenizer, separator):
 # --- Training -------------------------------------------------------------------------------------
 
 
+def add_policy_grad(policy, batch, index, policy_logps, ref_logps, advantages, weights, args):
+    """Add the gradient of the loss of a minibatch, a micro-batch at a time.
+
+    -> loss, number of clipped tokens, sum over tokens of the approximate KL. policy_logps (R, T):
+    the log-probs of sampling. With one gradient step in all they are those of this pass (eq. 11),
+    and are written there.
+    """
+    totals = torch.zeros(3, device=policy.device)  # loss, clipped tokens, approximate KL
+    clips = (args.clip_eps, args.clip_eps_high or args.clip_eps)
+    for mb in deal_out(micro_batches(index, args.micro_batch_size)):
+        part = batch.rows(mb)
+        t = part.completion_ids.shape[1]  # the longest of these
+        logps = completion_logps(policy, part, args.temperature, args.share_prompts)
+        if args.num_epochs * args.num_minibatches == 1:
+            policy_logps[mb, :t] = logps.detach()
+        old_logps = policy_logps[mb, :t]
+        fixed = (old_logps, ref_logps[mb, :t], advantages[mb, :t], weights[mb, :t])
+        mb_loss, is_clipped = LOSSES[args.loss](logps, *fixed, *clips, args.beta, args.kl)
+        mb_loss.backward()
+        clipped = (is_clipped & part.completion_mask).sum()
+        approx_kl = kl_estimate(old_logps, logps.detach(), "k3").sum()
+        totals += torch.stack([mb_loss.detach(), clipped, approx_kl])
+    if args.num_epochs * args.num_minibatches == 1:
+        add_up(policy_logps)
+    return add_up(totals).tolist()
+
+
 def check_args(args, num_rows):
     """Stop where flags contradict each other."""
     if args.num_minibatches > min(args.num_prompts, num_rows):
@@ -407,13 +448,12 @@ def main(args: Args):
     P = min(args.num_prompts, len(rows))
     G = args.num_generations
     by_step = args.supervision == "process"
-    clip_eps_high = args.clip_eps_high or args.clip_eps
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
     score = load_reward(args.reward, verifier, *model_options, by_step)
     tokenizer = load_tokenizer(args.model)
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
-    policy = load_model(*load_again, args.gradient_checkpointing)
-    ref = store_as_computed(load_model(*load_again)) if args.beta else None
+    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
+    ref = (reference_of(policy) or hold_as_computed(load_model(*load_again))) if args.beta else None
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     lr = args.learning_rate
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
@@ -423,8 +463,7 @@ def main(args: Args):
     run.describe(policy, len(rows), len(eval_rows), f"{P} prompts x {G} completions")
 
     def report():
-        if eval_rows:
-            report_greedy(run, policy, tokenizer, score, eval_rows, args.num_prompts * G)
+        report_greedy(run, policy, tokenizer, score, eval_rows, args.num_prompts * G)
 
     if run.step == 0:
         report()
@@ -433,9 +472,9 @@ def main(args: Args):
         # 1. Sample G completions of each of P prompts, and score them
         num_drawn = min(P * args.oversample, len(rows))
         drawn = random.Random(f"{args.seed} {step}").sample(rows, num_drawn)
-        prompts = [row["prompt"] for row in drawn]
+        asked = [row["prompt"] for row in drawn]
         sampling = (G, args.max_new_tokens, args.temperature)
-        batch, texts, ended = generate(policy, tokenizer, prompts, *sampling)
+        batch, texts, ended = generate(policy, tokenizer, asked, *sampling)
         row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
         values = score(prompts, texts, row_of_each)
@@ -471,22 +510,11 @@ def main(args: Args):
         for index in minibatches(P, G, args.num_epochs, args.num_minibatches, device):
             weights = torch.zeros(R, T, device=device)
             weights[index] = token_weights(mask[index], args.aggregate, args.max_new_tokens)
-            loss = 0.0
-            for mb in index.split(args.micro_batch_size):
-                part = batch.rows(mb)
-                t = part.completion_ids.shape[1]  # the longest of these
-                logps = completion_logps(policy, part, args.temperature, args.share_prompts)
-                if updates == 1:
-                    policy_logps[mb, :t] = logps.detach()
-                old_logps = policy_logps[mb, :t]
-                tensors = (old_logps, ref_logps[mb, :t], advantages[mb, :t], weights[mb, :t])
-                mb_loss, is_clipped = LOSSES[args.loss](
-                    logps, *tensors, args.clip_eps, clip_eps_high, args.beta, args.kl
-                )
-                mb_loss.backward()
-                loss += mb_loss.item()
-                num_clipped += (is_clipped & part.completion_mask).sum().item()
-                sum_approx_kl += kl_estimate(old_logps, logps.detach(), "k3").sum().item()
+            fixed = (policy_logps, ref_logps, advantages, weights)
+            loss, clipped, sum_kl = add_policy_grad(policy, batch, index, *fixed, args)
+            num_clipped += clipped
+            sum_approx_kl += sum_kl
+            add_up_gradients(policy)
             lr = scheduler.get_last_lr()[0]
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
             check_finite(loss, grad_norm.item())

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import datetime
 import hashlib
 import importlib.util
 import inspect
@@ -28,8 +29,10 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.distributed as dist
 import transformers
 import tyro
+from safetensors.torch import save_file
 from torch.nn.functional import pad as pad_tensor
 from tqdm import tqdm
 
@@ -37,17 +40,21 @@ from common import (
     Batch,
     _autocast,
     _call,
+    add_up,
     completion_scores,
     content_text,
     conversation_text,
+    deal_out,
     encode_prompt,
     encode_steps,
     end_of_turn,
     fixed_logps,
+    gather,
     generate,
     is_rendered,
     kl_estimate,
     pad,
+    process,
     text_ids,
 )
 
@@ -93,22 +100,95 @@ def run_script(main, Args, toy):
     A ValueError that our own files raise is a mistake of the user: it ends the program with one
     line and exit code 1. Any other exception is a fault of the code and keeps its traceback.
     """
+    script = Path(sys.argv[0]).name
     try:
-        args = parse_args(Args, toy)
+        start_processes()
+        with _silence_of_others():
+            args = parse_args(Args, toy)
         quieten_transformers()
         main(args)
-    except ValueError as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if raised_in.parent != ROOT:
-            raise
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
     except KeyboardInterrupt:
-        print(
-            f"{Path(sys.argv[0]).name}: stopped at once; --resume goes on from the last "
-            "checkpoint, where there is one",
-            file=sys.stderr,
-        )
+        if fails_first():
+            print(
+                f"{script}: stopped at once; --resume goes on from the last checkpoint, where "
+                "there is one",
+                file=sys.stderr,
+            )
         sys.exit(130)
+    except Exception as error:
+        if not fails_first():  # another process has said why
+            sys.exit(1)
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if not isinstance(error, ValueError) or raised_in.parent != ROOT:
+            raise
+        sys.exit(f"{script}: {error}")
+    end_processes()
+
+
+# --- Several processes ----------------------------------------------------------------------------
+
+
+STORE = []  # of the processes that torchrun started, to count those that failed
+
+
+def start_processes():
+    """Join the other processes that torchrun started; the first alone prints and writes files."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        return
+    number = int(os.environ["RANK"])
+    port = int(os.environ["MASTER_PORT"])
+    forever = datetime.timedelta(days=1)  # a judge of the user's may be slow
+    STORE.append(dist.TCPStore(os.environ["MASTER_ADDR"], port, timeout=forever))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    common_store = dist.PrefixStore("scripts", STORE[0])
+    dist.init_process_group(
+        backend, store=common_store, rank=number, world_size=count, timeout=forever
+    )
+    if number:
+        sys.stdout = open(os.devnull, "w")
+        transformers.utils.logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def _silence_of_others():
+    """Inside, the first process alone writes its errors: all make the same mistake here."""
+    if is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def end_processes():
+    """Leave together, where there are several."""
+    if process()[1] > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def fails_first():
+    """Whether no other process has failed before this one: the first to fail says why."""
+    if not STORE:
+        return True
+    try:
+        return STORE[0].add("failed", 1) == 1
+    except Exception:  # the others are gone
+        return False
+
+
+def is_first():
+    """Whether this process is the one that prints, writes and calls a user's reward."""
+    return process()[0] == 0
+
+
+def from_first(value):
+    """The first process's value, in all of them; it is sent, so it must be one that is pickled."""
+    if process()[1] == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 # --- Flags ----------------------------------------------------------------------------------------
@@ -602,6 +682,9 @@ def pick_device(device="auto"):
             if getattr(torch, kind).is_available():
                 device = kind
     with stop_on_error(f"--device {device}"):
+        if device == "cuda" and process()[1] > 1:  # one GPU for each process
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(device)
         return torch.empty(0, device=device).device
 
 
@@ -732,15 +815,22 @@ def last_tokens(mask):
 
 
 def load_model(
-    auto_class, path, device, dtype="auto", checkpointing=False, from_scratch=False, new_head=0
+    auto_class,
+    path,
+    device,
+    dtype="auto",
+    checkpointing=False,
+    lora_rank=0,
+    from_scratch=False,
+    new_head=0,
 ):
     """Model of a transformers auto class, from a folder or hub name, on `device`, in eval mode.
 
     Weights are float32 whatever the file has: in bfloat16, updates at these learning rates would be
     rounded away. dtype: "bfloat16" runs forward passes in bfloat16 autocast, "auto" does so where
-    cuda supports it. checkpointing: recompute activations in the backward pass. from_scratch:
-    random weights. new_head: labels of a classification head that the file need not have;
-    model.has_new_head says whether it was made.
+    cuda supports it. checkpointing: recompute activations in the backward pass. lora_rank: see
+    `_add_adapters`. from_scratch: random weights. new_head: labels of a classification head that
+    the file need not have; model.has_new_head says whether it was made.
     """
     with _stop_without("model", path):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -751,14 +841,7 @@ def load_model(
         has_generic_head = not is_policy and _register_head(auto_class, config)
         config.num_labels = new_head or config.num_labels
         _switch_off_dropout(config)
-        if from_scratch:
-            model = auto_class.from_config(config, dtype=torch.float32)
-            missing = []
-        else:
-            model, info = auto_class.from_pretrained(
-                path, config=config, dtype=torch.float32, output_loading_info=True
-            )
-            missing = info["missing_keys"]
+        model, missing = _read_weights(auto_class, path, config, from_scratch)
     head = set()
     if new_head:
         head = {key for key in missing if key.startswith(("score.", "classifier."))}
@@ -773,7 +856,18 @@ def load_model(
     model.context = getattr(config.get_text_config(), "max_position_embeddings", math.inf)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    _add_adapters(model, path, lora_rank)
     return model
+
+
+def _read_weights(auto_class, path, config, from_scratch):
+    """-> model in float32, names of the weights that the file lacks."""
+    if from_scratch:
+        return auto_class.from_config(config, dtype=torch.float32), []
+    model, info = auto_class.from_pretrained(
+        path, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    return model, info["missing_keys"]
 
 
 def _register_head(auto_class, config):
@@ -848,7 +942,7 @@ def _takes_bfloat16(dtype, device):
     return dtype == "bfloat16"
 
 
-def store_as_computed(model):
+def hold_as_computed(model):
     """Keep the weights of linear layers in the dtype in which they are multiplied -> the model.
 
     For models that are never trained. Autocast rounds these weights to bfloat16 in each forward
@@ -876,6 +970,173 @@ def check_finite(loss, grad_norm):
             f"the loss is {loss}, the norm of the gradient {grad_norm}: lower --learning-rate, or "
             "look at the rewards; --resume goes on from the last checkpoint"
         )
+
+
+# --- LoRA: low-rank adapters (Hu et al. 2021, arXiv:2106.09685) -----------------------------------
+
+# An adapted layer computes W x + (alpha / rank) B A x. With an alpha that does not grow with the
+# rank, a learning rate that suits one rank suits others (Hu et al., section 4.1); with 32, LoRA
+# takes about ten times the learning rate of full fine-tuning (Schulman et al. 2025, "LoRA without
+# regret").
+LORA_ALPHA = 32
+
+
+def _import_peft():
+    """-> the package peft, which makes the adapters."""
+    try:
+        import peft
+    except ImportError:
+        stop('--lora-rank needs the package peft: pip install -e ".[lora]"')
+    return peft
+
+
+def _check_lora(args):
+    """Stop, before anything is loaded, where --lora-rank cannot work."""
+    if not getattr(args, "lora_rank", 0):
+        return
+    if getattr(args, "from_scratch", False):
+        stop("--lora-rank adapts weights that were trained before: add --no-from-scratch")
+    _import_peft()
+
+
+def _add_adapters(model, path, rank):
+    """Freeze a model and put an adapter on each linear layer of its backbone; rank 0: leave it.
+
+    B begins at 0: the model computes what it did. Trained are the adapters, in float32, and the
+    head of a reward model or critic, not that of a language model. Where the forward pass is in
+    bfloat16, frozen linear layers are held in it: autocast would round them in each pass.
+    """
+    if not rank:
+        return
+    peft = _import_peft()
+    layers = _linear_layers(model.base_model)
+    if not layers:
+        stop(f"{path}: --lora-rank {rank}: {type(model).__name__} has no linear layer to adapt")
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=LORA_ALPHA,
+        target_modules=list(layers),
+        fan_in_fan_out=not isinstance(next(iter(layers.values())), torch.nn.Linear),
+        base_model_name_or_path=str(path),
+    )
+    with stop_on_error(f"{path}: --lora-rank {rank}: peft cannot adapt it"):
+        peft.inject_adapter_in_model(config, model.base_model)
+    for name, parameter in model.named_parameters():
+        is_of_head = name.startswith(("score.", "classifier."))
+        parameter.requires_grad_(".lora_" in name or is_of_head)
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        layers["head"] = head
+    if model.autocast_dtype:
+        for layer in layers.values():
+            _round(layer, model.autocast_dtype)
+    model.lora_config = config
+
+
+def _round(layer, dtype):
+    """Hold the weight of a linear layer in dtype; what that loses stays on the CPU, for final/."""
+    exact = layer.weight.data
+    layer.weight.data = exact.to(dtype)
+    if not torch.equal(layer.weight.float(), exact):
+        layer.register_buffer("exact_weight", exact.cpu(), persistent=False)
+
+
+def _has_adapters(model):
+    return getattr(model, "lora_config", None) is not None
+
+
+def _linear_layers(backbone):
+    """{name: linear layer} of a backbone that an adapter can go on, GPT-2's Conv1D included.
+
+    Of a layer with a convolution (Mamba and others) only what projects its input: fused kernels
+    read the other weights themselves, without adapters. Of a model whose experts are in one tensor
+    no feed-forward layer: peft would take a `gate_proj` beside the experts for one of theirs.
+    """
+    has_experts = any(name.endswith(".gate_up_proj") for name, _ in backbone.named_parameters())
+    layers = {}
+    for name, module in backbone.named_modules():
+        is_linear = isinstance(module, torch.nn.Linear | transformers.pytorch_utils.Conv1D)
+        parent = backbone.get_submodule(name.rpartition(".")[0])
+        is_read_by_kernels = hasattr(parent, "conv1d") and "in_proj" not in name
+        is_beside_experts = has_experts and name.endswith(("gate_proj", "up_proj", "down_proj"))
+        if is_linear and not is_read_by_kernels and not is_beside_experts:
+            layers[name] = module
+    return layers
+
+
+def reference_of(policy):
+    """The policy without its adapters, which is the model that it began as.
+
+    It is made of the same frozen weights and takes no memory of its own. None where the policy has
+    no adapters: then its weights move, and a reference is a second model.
+    """
+    if not _has_adapters(policy):
+        return None
+    reference = _without_adapters(policy)
+    if reference.recompute:
+        reference.recompute = False
+        reference.gradient_checkpointing_disable()
+    return reference.eval()
+
+
+def _without_adapters(model):
+    """A model of the same tensors with plain layers in the place of the adapted ones."""
+    tensors = [*model.parameters(), *model.buffers()]
+    plain = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    for name, layer in list(plain.named_modules()):
+        if hasattr(layer, "base_layer"):
+            plain.set_submodule(name, layer.base_layer)
+    plain.lora_config = None
+    return plain
+
+
+def _merged(model):
+    """A plain model with the weights W + (alpha / rank) B A, in float32, these on the CPU."""
+    plain = _without_adapters(model)
+    for name, layer in model.named_modules():
+        if hasattr(layer, "base_layer"):
+            weight = _exact(layer.base_layer) + layer.get_delta_weight("default").detach().cpu()
+            plain.get_submodule(name).weight = torch.nn.Parameter(weight)
+    head = plain.get_output_embeddings()
+    if head is not None and head.weight.dtype != torch.float32:
+        head.weight = torch.nn.Parameter(_exact(head))
+    return plain
+
+
+def _exact(layer):
+    """Weight of a linear layer before `_round`, in float32 on the CPU."""
+    return getattr(layer, "exact_weight", layer.weight).detach().float().cpu()
+
+
+def _save_adapter(model, folder):
+    """Write what was trained in the form of peft: `peft.PeftModel.from_pretrained` loads it."""
+    config = copy.copy(model.lora_config)
+    config.target_modules = sorted(config.target_modules)
+    config.task_type = "CAUSAL_LM"
+    for kind, task in (("SequenceClassification", "SEQ_CLS"), ("TokenClassification", "TOKEN_CLS")):
+        if kind in type(model).__name__:
+            config.task_type = task
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = "base_model.model." + name.replace(".default.", ".")
+            weights[key] = parameter.detach().cpu().contiguous()
+    heads = [name for name in ("score", "classifier") if hasattr(model, name)]
+    config.modules_to_save = heads or None
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def _frozen(part):
+    """{name: tensor} of a part's frozen weights, which no checkpoint holds."""
+    if not isinstance(part, torch.nn.Module):
+        return {}
+    frozen = {}
+    for name, parameter in part.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            frozen[name] = parameter.detach()
+    return frozen
 
 
 # --- Numbers in texts -----------------------------------------------------------------------------
@@ -1040,27 +1301,38 @@ def load_reward(
         function = _load_function(reward)
 
     def score(prompts, completions, rows):
-        # Copies: nothing that a reward does to its lists may reach the training
-        given = copy.deepcopy((prompts, completions, rows))
-        has_grad = torch.is_grad_enabled()
-        dtype_before = torch.get_default_dtype()
-        folder = os.getcwd()
-        with _no_exit(name), stop_on_error(f"{name} failed"):
-            returned = function(*given)
-            torch.set_grad_enabled(has_grad)  # a judge may have switched it off for good,
-            torch.set_default_dtype(dtype_before)  # have loaded its model in another dtype,
-            os.chdir(folder)  # or have run programs in a folder of their own
-            if returned is None or isinstance(returned, dict | set | str):
-                kind = type(returned).__name__
-                raise ValueError(f"it returned a value of type {kind}, not a list of numbers")
-            values = [_as_numbers(value) for value in returned]
-            if len(values) != len(completions):
-                raise ValueError(f"{len(values)} values for {len(completions)} completions")
-            for value, text in zip(values, completions, strict=True):
-                _check_reward(value, text, by_step)
-        return values
+        values = None
+        if model or is_first():  # a function may ask a judge over a network, or run programs
+            # Copies: nothing that a reward does to its lists may reach the training
+            given = copy.deepcopy((prompts, completions, rows))
+            with _no_exit(name), stop_on_error(f"{name} failed"):
+                values = _numbers_of(function, given, completions, by_step)
+        return values if model else from_first(values)
 
     return score
+
+
+def _numbers_of(function, given, completions, by_step):
+    """What a reward function returns for the lists it is given, as numbers that were looked at.
+
+    completions: as they are, since the function may do anything to those it is given.
+    """
+    has_grad = torch.is_grad_enabled()
+    dtype = torch.get_default_dtype()
+    folder = os.getcwd()
+    returned = function(*given)
+    torch.set_grad_enabled(has_grad)  # a judge may have switched it off for good,
+    torch.set_default_dtype(dtype)  # have loaded its model in another dtype,
+    os.chdir(folder)  # or have run programs in a folder of their own
+    if returned is None or isinstance(returned, dict | set | str):
+        kind = type(returned).__name__
+        raise ValueError(f"it returned a value of type {kind}, not a list of numbers")
+    values = [_as_numbers(value) for value in returned]
+    if len(values) != len(completions):
+        raise ValueError(f"{len(values)} values for {len(completions)} completions")
+    for value, text in zip(values, completions, strict=True):
+        _check_reward(value, text, by_step)
+    return values
 
 
 def _load_function(reward):
@@ -1130,8 +1402,8 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step):
     else:
         model = load_model(transformers.AutoModelForSequenceClassification, path, device, dtype)
         if not hasattr(config, "reward_bias"):  # not made by these scripts
-            return _foreign_reward(path, store_as_computed(model), micro_batch_size)
-    store_as_computed(model)
+            return _foreign_reward(path, hold_as_computed(model), micro_batch_size)
+    hold_as_computed(model)
     tokenizer = load_tokenizer(path)
 
     @torch.no_grad()
@@ -1200,7 +1472,7 @@ def _foreign_reward(path, model, micro_batch_size):
             _check_room(len(encoded[-1]["input_ids"]), room, path)
         scores = torch.zeros(len(encoded))
         lengths = torch.tensor([len(one["input_ids"]) for one in encoded])
-        for index in lengths.argsort().split(size):
+        for index in deal_out(lengths.argsort().split(size)):
             part = [encoded[i] for i in index]
             ids, mask = pad([one["input_ids"] for one in part], "right")
             if pad_id is not None:
@@ -1211,7 +1483,7 @@ def _foreign_reward(path, model, micro_batch_size):
             inputs = {name: values.to(model.device) for name, values in inputs.items()}
             with _autocast(model):
                 scores[index] = model(**inputs).logits[:, 0].float().cpu()
-        return scores.tolist()
+        return add_up(scores).tolist()
 
     return function
 
@@ -1244,18 +1516,19 @@ def _step_logits(model, encoded, micro_batch_size):
     encoded: prompt ids, ids and step ends of each, from `encode_steps`. They are taken in the order
     of their lengths: book 10.2.4.1.
     """
-    outputs = [None] * len(encoded)
+    found = []
     lengths = torch.tensor([len(ids) for _, ids, _ in encoded])
-    # By length, so that little is padding; the outputs keep their places
-    for index in lengths.argsort().split(micro_batch_size):
+    # By length, so that little is padding
+    for index in deal_out(lengths.argsort().split(micro_batch_size)):
         part = [encoded[i] for i in index]
         prompts = pad([prompt_ids for prompt_ids, _, _ in part], "left")
         completions = pad([ids for _, ids, _ in part], "right")
         batch = Batch(*prompts, *completions, torch.arange(len(part)))
         logits = completion_scores(model, batch.to(model.device)).cpu()
         for i, row, (_, _, ends) in zip(index.tolist(), logits, part, strict=True):
-            outputs[i] = row[ends]
-    return outputs
+            found.append((i, row[ends]))
+    outputs = dict(gather(found))
+    return [outputs[i] for i in range(len(encoded))]
 
 
 def positive_probs(logits):
@@ -1322,10 +1595,12 @@ def greedy_rewards(policy, tokenizer, score, rows, max_new_tokens, batch_size):
 
 
 def report_greedy(run, policy, tokenizer, score, rows, batch_size):
-    """Answer held-out prompts greedily, and log their mean reward and the first answers.
+    """Answer held-out prompts, if there are any, and log their mean reward and the first answers.
 
-    The mean is called eval_accuracy where the script's verifier gives the rewards.
+    Answers are greedy. The mean is called eval_accuracy where the script's verifier rewards them.
     """
+    if not rows:
+        return
     sizes = (run.args.max_new_tokens, batch_size)
     values, texts = greedy_rewards(policy, tokenizer, score, rows, *sizes)
     rewards = one_number(values)
@@ -1386,6 +1661,7 @@ class Run:
 
     def __init__(self, args):
         check_flags(args)
+        _check_lora(args)
         self.args = args
         self.folder = Path(args.output_dir).expanduser()
         self.step = 0
@@ -1395,9 +1671,11 @@ class Run:
         self.equal_steps = 0  # steps in a row whose rewards were all equal
         self.stopped_by = ""
         self.inputs = {str(path): _digest(path) for path in _input_files(args)}
+        _check_processes(args, self.inputs)
         if getattr(args, "show_rows", 0):
             return  # nothing will be written
-        self._check_folder()
+        if is_first():
+            self._check_folder()
         if args.resume:
             self._check_resume()
 
@@ -1471,12 +1749,14 @@ class Run:
         self.parts = parts
         self.num_steps = num_steps
         self.start = time.time()
-        with stop_on_error(f"cannot make {self.folder}"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = _locked(self.folder)
+        if is_first():
+            with stop_on_error(f"cannot make {self.folder}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = _locked(self.folder)
         if not self.args.resume:
-            self._check_folder()  # another run may have begun there since
-            self._delete_run()
+            if is_first():
+                self._check_folder()  # another run may have begun there since
+                self._delete_run()
             content = vars(self.args) | {"script": self._script(), "inputs": self.inputs}
             text = json.dumps(content, indent=1)
             self._replace("args.json", lambda new: new.write_text(text))
@@ -1501,6 +1781,8 @@ class Run:
 
     def _cut_logs(self, sizes):
         """Cut the logs to their sizes at the checkpoint: what came after it comes again."""
+        if not is_first():
+            return
         for name in LOGS:
             path = self.folder / name
             size = sizes.get(name, 0)
@@ -1518,6 +1800,7 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
             if hasattr(part, "load_state_dict"):
+                state[name].update(_frozen(part))
                 part.load_state_dict(state[name])
             else:
                 vars(part).update(state[name])
@@ -1537,8 +1820,14 @@ class Run:
         size = f"{parameters / 1e6:.1f} million parameters"
         if getattr(args, "from_scratch", False):
             size += ", drawn at random (--from-scratch)"
+        if _has_adapters(model):
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            size += f", {trained:,} of them trained (--lora-rank {args.lora_rank})"
         dtype = "bfloat16 autocast" if model.autocast_dtype else "float32"
-        print(f"{_near(args.model)}: {size}, on {model.device} in {dtype}")
+        where = model.device
+        if process()[1] > 1:
+            where = f"{process()[1]} processes ({model.device.type})"
+        print(f"{_near(args.model)}: {size}, on {where} in {dtype}")
         held_out = f"{num_held_out} held out"
         if num_held_out and args.eval_dataset:
             held_out += f" ({_near(args.eval_dataset)})"
@@ -1554,12 +1843,15 @@ class Run:
         Ctrl-C and SIGTERM let the step come to its end, save a checkpoint and end the program; a
         second Ctrl-C ends it at once.
         """
-        self.bar = tqdm(total=self.num_steps, initial=self.step, disable=not sys.stderr.isatty())
+        has_bar = is_first() and sys.stderr.isatty()
+        self.bar = tqdm(total=self.num_steps, initial=self.step, disable=not has_bar)
         with self.bar, self._signals_wait():
             while self.step < self.num_steps:
                 self.step += 1
                 yield self.step
                 self.bar.update()
+                # A signal may come to one process before a step's end, to another after it
+                self.stopped_by = max(gather([self.stopped_by]))
                 if self.stopped_by:
                     self.checkpoint()
                     print(
@@ -1578,6 +1870,8 @@ class Run:
         def note(number, frame):
             self.stopped_by = signal.Signals(number).name
             signal.signal(number, before[number])
+            if not is_first():
+                return
             print(
                 f"{self.stopped_by}: this step ends and a checkpoint is saved; a second one stops "
                 "at once, without",
@@ -1639,7 +1933,7 @@ class Run:
             )
 
     def _warn_once(self, text, about):
-        if about not in self.warned:
+        if about not in self.warned and is_first():
             self.warned.add(about)
             tqdm.write(f"warning: {text}", file=sys.stderr)
 
@@ -1664,6 +1958,8 @@ class Run:
 
     def append(self, name, rows):
         """Add rows to a file of JSON Lines in the run's folder."""
+        if not is_first():
+            return
         with stop_on_error(f"cannot write {self.folder / name}"):
             with open(self.folder / name, "a") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows))
@@ -1676,9 +1972,10 @@ class Run:
     def read_rows(self, name):
         """Rows of a file of JSON Lines in the run's folder; none where there is no such file."""
         path = self.folder / name
-        if not path.exists():
-            return []
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        rows = []
+        if is_first() and path.exists():
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return from_first(rows)
 
     def _sizes_of_logs(self):
         sizes = {}
@@ -1712,6 +2009,8 @@ class Run:
         for name, part in self.parts.items():
             has_state = hasattr(part, "state_dict")
             state[name] = part.state_dict() if has_state else vars(part)
+            for frozen in _frozen(part):
+                del state[name][frozen]
         self._replace("checkpoint/state.pt", lambda new: torch.save(state, new))
 
     def finish(self, tokenizer, models):
@@ -1734,7 +2033,11 @@ class Run:
 
     def _save_model(self, name, model, tokenizer):
         def write(new):
-            model.save_pretrained(new)
+            if _has_adapters(model):
+                _merged(model).save_pretrained(new)
+                _save_adapter(model, new / "adapter")
+            else:
+                model.save_pretrained(new)
             tokenizer.save_pretrained(new)
             if getattr(model, "has_generic_head", False):
                 (new / "README.md").write_text(GENERIC_HEAD)
@@ -1771,12 +2074,16 @@ class Run:
 
     def draw(self, name, function, *values):
         """Let function(*values, path) draw a picture; without matplotlib there is none."""
+        if not is_first():
+            return
         with stop_on_error(f"cannot write {self.folder / name}"):
             with contextlib.suppress(ImportError):
                 function(*values, self.folder / name)
 
     def _replace(self, name, write):
         """Let `write(path)` write NAME.new, and put that in the place of NAME in one move."""
+        if not is_first():
+            return
         path = self.folder / name
         new = self.folder / f"{name}.new"
         old = self.folder / f"{name}.old"
@@ -1790,6 +2097,26 @@ class Run:
                 os.replace(path, old)
             os.replace(new, path)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_processes(args, inputs):
+    """Stop where several processes have too little to do, or do not see the same flags and files.
+
+    inputs: {path: its digest}, of the files that the flags name.
+    """
+    number, count = process()
+    if count == 1:
+        return
+    seen = gather([vars(args) | inputs])
+    for other, values in enumerate(seen):
+        for name in seen[0].keys() | values.keys():
+            if values.get(name) != seen[0].get(name):
+                stop(f"process {other} does not have the same {name} as process 0")
+    for name in ("num_prompts", "batch_size"):
+        size = getattr(args, name, count)
+        if size < count:
+            flag = f"--{name.replace('_', '-')}"
+            stop(f"{flag} {size}: fewer than the {count} processes, one would have nothing to do")
 
 
 def _input_files(args):
@@ -1904,6 +2231,9 @@ def draw_histogram(values, path):
     axes = figure.add_subplot(xlabel="score", ylabel="held-out completions")
     lowest = min(float(numbers.min()) for numbers in values.values() if len(numbers))
     highest = max(float(numbers.max()) for numbers in values.values() if len(numbers))
+    if highest - lowest < 1e-6 * max(1, abs(highest)):  # too little to be divided into bins
+        lowest -= 0.5
+        highest += 0.5
     for label, numbers in values.items():
         axes.hist(numbers, bins=30, range=(lowest, highest), label=label, alpha=0.5)
     axes.legend()

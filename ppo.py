@@ -54,12 +54,16 @@ from transformers import (
 
 from common import (
     Batch,
+    add_up,
+    add_up_gradients,
     completion_logps,
     completion_scores,
+    deal_out,
     fixed_logps,
     generate,
     kl_estimate,
     masked_mean,
+    micro_batches,
     pad,
 )
 from plumbing import (
@@ -67,6 +71,7 @@ from plumbing import (
     check_finite,
     check_prompts,
     has_answers,
+    hold_as_computed,
     is_verified,
     last_number,
     load_model,
@@ -76,11 +81,11 @@ from plumbing import (
     load_tokenizer,
     one_number,
     pick_device,
+    reference_of,
     report_greedy,
     run_script,
     stop,
     stop_on_error,
-    store_as_computed,
     with_ended,
 )
 
@@ -135,6 +140,9 @@ class Args:
     learning_rate: float = 3e-6  # peak learning rate of the policy's AdamW, eps 1e-5 (N+: 3e-6)
     critic_learning_rate: float = 3e-6  # peak learning rate of the critic's AdamW
     critic_warmup: int = 0  # number of first steps in which only the critic learns
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """schedule of both learning rates; linear and cosine fall to 0"""
     max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
@@ -318,8 +326,8 @@ def load_critic(args, tokenizer, device):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if "ForTokenClassification" in str(config.architectures):
         auto_class = AutoModelForTokenClassification  # an outcome reward model; its head has a bias
-    recompute = args.gradient_checkpointing
-    critic = load_model(auto_class, path, device, args.dtype, recompute, new_head=1)
+    options = (args.dtype, args.gradient_checkpointing, args.lora_rank)
+    critic = load_model(auto_class, path, device, *options, new_head=1)
     if critic.has_new_head:
         critic.score.weight.data.zero_()
         critic.config.reward_bias = 0.0
@@ -335,10 +343,10 @@ def token_values(critic, batch, share_prompts):
 def fixed_values(critic, batch, micro_batch_size, share_prompts):
     """`token_values` without gradient, in micro-batches -> (R, T), 0 in padding."""
     values = torch.zeros_like(batch.completion_ids, dtype=torch.float32)
-    for mb in batch.split(micro_batch_size):
+    for mb in deal_out(batch.split(micro_batch_size)):
         part = token_values(critic, batch.rows(mb), share_prompts)
         values[mb, : part.shape[1]] = part
-    return values * batch.completion_mask
+    return add_up(values) * batch.completion_mask
 
 
 # --- Pretraining texts ----------------------------------------------------------------------------
@@ -367,9 +375,15 @@ def add_ptx_grad(policy, tokenizer, texts, args, seed):
     """Add the gradient of the pretraining loss on --ptx-batch-size texts by chance -> loss."""
     drawn = random.Random(seed).choices(texts, k=args.ptx_batch_size)
     batch = encode_texts(tokenizer, drawn, args.max_new_tokens).to(policy.device)
-    loss = ptx_loss(completion_logps(policy, batch), batch.completion_mask)
-    (args.ptx_coef * loss).backward()
-    return loss.item()
+    num_tokens = batch.completion_mask.sum()
+    loss = torch.zeros((), device=policy.device)
+    for mb in deal_out(batch.split(args.ptx_batch_size)):
+        part = batch.rows(mb)
+        share = part.completion_mask.sum() / num_tokens
+        mb_loss = ptx_loss(completion_logps(policy, part), part.completion_mask) * share
+        (args.ptx_coef * mb_loss).backward()
+        loss += mb_loss.detach()
+    return add_up(loss).item()
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -388,16 +402,16 @@ def add_value_grad(critic, batch, index, old_values, returns, weights, args):
 
     index: the completions of the minibatch. old_values, returns, weights (R, T).
     """
-    loss = 0.0
-    for mb in index.split(args.micro_batch_size):
+    loss = torch.zeros((), device=critic.device)
+    for mb in deal_out(micro_batches(index, args.micro_batch_size)):
         part = batch.rows(mb)
         t = part.completion_ids.shape[1]  # the longest of these
         values = token_values(critic, part, args.share_prompts)
         fixed = (old_values[mb, :t], returns[mb, :t], weights[mb, :t])
         mb_loss = ppo_value_loss(values, *fixed, args.clip_eps_value)
         (args.vf_coef * mb_loss).backward()
-        loss += mb_loss.item()
-    return loss
+        loss += mb_loss.detach()
+    return add_up(loss).item()
 
 
 def add_policy_grad(policy, batch, index, policy_logps, advantages, weights, args):
@@ -407,10 +421,8 @@ def add_policy_grad(policy, batch, index, policy_logps, advantages, weights, arg
     the log-probs of sampling. With one gradient step in all they are those of this pass (eq. 11),
     and are written there.
     """
-    loss = 0.0
-    num_clipped = 0
-    sum_approx_kl = 0.0
-    for mb in index.split(args.micro_batch_size):
+    totals = torch.zeros(3, device=policy.device)  # loss, clipped tokens, approximate KL
+    for mb in deal_out(micro_batches(index, args.micro_batch_size)):
         part = batch.rows(mb)
         t = part.completion_ids.shape[1]  # the longest of these
         logps = completion_logps(policy, part, args.temperature, args.share_prompts)
@@ -420,10 +432,12 @@ def add_policy_grad(policy, batch, index, policy_logps, advantages, weights, arg
         fixed = (old_logps, advantages[mb, :t], weights[mb, :t])
         mb_loss, is_clipped = ppo_policy_loss(logps, *fixed, args.clip_eps)
         mb_loss.backward()
-        loss += mb_loss.item()
-        num_clipped += (is_clipped & part.completion_mask).sum().item()
-        sum_approx_kl += kl_estimate(old_logps, logps.detach(), "k3").sum().item()
-    return loss, num_clipped, sum_approx_kl
+        clipped = (is_clipped & part.completion_mask).sum()
+        approx_kl = kl_estimate(old_logps, logps.detach(), "k3").sum()
+        totals += torch.stack([mb_loss.detach(), clipped, approx_kl])
+    if args.num_epochs * args.num_minibatches == 1:
+        add_up(policy_logps)
+    return add_up(totals).tolist()
 
 
 def check_args(args, num_rows):
@@ -451,8 +465,8 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     pretrain_texts = load_texts(args, tokenizer)
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
-    policy = load_model(*load_again, args.gradient_checkpointing)
-    ref = store_as_computed(load_model(*load_again)) if args.beta else None
+    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
+    ref = (reference_of(policy) or hold_as_computed(load_model(*load_again))) if args.beta else None
     critic = load_critic(args, tokenizer, device)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions
@@ -461,13 +475,11 @@ def main(args: Args):
     controller = AdaptiveKLController(args.beta, args.kl_target, args.kl_horizon)
     parts = {"policy": policy, "optimizer": optimizer, "scheduler": scheduler, "critic": critic}
     parts |= {"critic_optimizer": critic_optimizer, "critic_scheduler": critic_scheduler}
-    parts["controller"] = controller
-    run.begin(parts, args.num_steps)
+    run.begin(parts | {"controller": controller}, args.num_steps)
     run.describe(policy, len(rows), len(eval_rows), f"{P} prompts x {G} completions")
 
     def report():
-        if eval_rows:
-            report_greedy(run, policy, tokenizer, score, eval_rows, args.num_prompts * G)
+        report_greedy(run, policy, tokenizer, score, eval_rows, args.num_prompts * G)
 
     if run.step == 0:
         report()
@@ -475,9 +487,9 @@ def main(args: Args):
         start = time.time()
         # 1. Sample G completions of each of P prompts, and score them
         drawn = random.Random(f"{args.seed} {step}").sample(rows, P)
-        prompts = [row["prompt"] for row in drawn]
+        asked = [row["prompt"] for row in drawn]
         sampling = (G, args.max_new_tokens, args.temperature)
-        batch, texts, ended = generate(policy, tokenizer, prompts, *sampling)
+        batch, texts, ended = generate(policy, tokenizer, asked, *sampling)
         row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
         values = score(prompts, texts, row_of_each)
@@ -512,6 +524,7 @@ def main(args: Args):
         for index in minibatches(R, args.num_epochs, args.num_minibatches, device):
             weights = mask / mask[index].sum()
             value_loss = add_value_grad(critic, batch, index, old_values, returns, weights, args)
+            add_up_gradients(critic)
             grad_norm = torch.nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
             check_finite(value_loss, grad_norm.item())
             critic_optimizer.step()
@@ -527,6 +540,7 @@ def main(args: Args):
             if pretrain_texts:
                 seed = f"{args.seed} {step} {len(losses)}"
                 ptx_losses.append(add_ptx_grad(policy, tokenizer, pretrain_texts, args, seed))
+            add_up_gradients(policy)
             lr = scheduler.get_last_lr()[0]
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
             check_finite(loss, grad_norm.item())

@@ -39,7 +39,18 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, get_scheduler
 
-from common import Batch, completion_logps, completion_scores, encode_steps, masked_mean, pad
+from common import (
+    Batch,
+    add_up,
+    add_up_gradients,
+    completion_logps,
+    completion_scores,
+    deal_out,
+    encode_steps,
+    gather,
+    masked_mean,
+    pad,
+)
 from plumbing import (
     Run,
     answer_text,
@@ -103,6 +114,9 @@ class Args:
     """most tokens of a prompt and its completion together; unlabelled steps beyond are cut, other
     rows are dropped"""
     learning_rate: float = 1e-5  # peak learning rate of AdamW
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule after the warm-up; linear and cosine fall to 0"""
     warmup_ratio: float = 0.03  # fraction of the steps used for linear warm-up
@@ -175,7 +189,7 @@ class CobbeHead(torch.nn.Module):
         self.bias = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden):
-        return self.gain * F.linear(hidden, self.weight[-1:]) + self.bias
+        return self.gain * F.linear(hidden, self.weight[-1:].float()) + self.bias
 
     def linear(self):
         """The linear layer that is the same function, for saving."""
@@ -372,14 +386,15 @@ def show_labelled(tokenizer, examples):
 @torch.no_grad()
 def step_logits(model, examples, args):
     """Outputs of the head at the ends of the examples' steps -> (N, S, classes) on the CPU."""
-    rows = []
-    for start in range(0, len(examples), args.micro_batch_size):
+    found = []
+    for start in deal_out(range(0, len(examples), args.micro_batch_size)):
         part = examples[start : start + args.micro_batch_size]
         batch, _, _, _ = collate(part)
         logits = completion_scores(model, batch.to(model.device), args.share_prompts).cpu()
-        for row, example in zip(logits, part, strict=True):
-            rows.append(row[example["ends"]])
-    return pad_sequence(rows, batch_first=True)
+        for i, (row, example) in enumerate(zip(logits, part, strict=True), start):
+            found.append((i, row[example["ends"]]))
+    rows = dict(gather(found))
+    return pad_sequence([rows[i] for i in range(len(examples))], batch_first=True)
 
 
 def evaluate(model, examples, how, args):
@@ -438,9 +453,8 @@ def class_names(args, examples):
 
 
 def main(args: Args):
-    args.step_separator = args.step_separator.replace(
-        "\\n", "\n"
-    )  # a shell passes \n as two characters
+    # A shell passes \n as two characters
+    args.step_separator = args.step_separator.replace("\\n", "\n")
     check_args(args)
     run = Run(args)
     torch.manual_seed(args.seed)
@@ -453,19 +467,18 @@ def main(args: Args):
         how = "product" if is_process else "last"
     examples, eval_examples = load_splits(args, lambda path: read_examples(path, separator))
     names = class_names(args, examples + eval_examples)
-    recompute = args.gradient_checkpointing
-    load_options = (args.model, device, args.dtype, recompute)
+    load_options = (args.model, device, args.dtype)
+    load_options += (args.gradient_checkpointing, args.lora_rank)
     model = load_model(AutoModelForTokenClassification, *load_options, new_head=len(names))
-    model.config.update(
-        {
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: i for i, name in enumerate(names)},
-            "reward_bias": 0.0,
-            "step_separator": separator,
-            "solution_score": how,
-            "classifier_dropout": 0.0,  # transformers' default is 0.1
-        }
-    )
+    settings = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+        "reward_bias": 0.0,
+        "step_separator": separator,
+        "solution_score": how,
+        "classifier_dropout": 0.0,  # transformers' default is 0.1
+    }
+    model.config.update(settings)
     trained = torch.nn.ModuleList([model])
     head_name = "score" if hasattr(model, "score") else "classifier"
     if args.lm_coef or args.head == "cobbe":  # a language model on the same backbone
@@ -519,9 +532,8 @@ def main(args: Args):
         is_right = mask & (outcomes == 1)[:, None]  # what the language model should write
 
         # 2. Loss; each micro-batch weighs as much as its share of the step's labels
-        loss = 0.0
-        lm_total = 0.0
-        for mb in batch.split(args.micro_batch_size):
+        totals = torch.zeros(2, device=device)  # loss, loss of the language model
+        for mb in deal_out(batch.split(args.micro_batch_size)):
             part = batch.rows(mb)
             logits = completion_scores(model, part, args.share_prompts)  # (R, T, classes)
             t = logits.shape[1]  # the longest of these
@@ -535,10 +547,12 @@ def main(args: Args):
                 logps = completion_logps(lm, part, share_prompts=args.share_prompts)
                 share = is_right[mb].sum() / is_right.sum().clamp(min=1)
                 lm_loss = -masked_mean(logps, is_right[mb, :t]) * share
-                lm_total += lm_loss.item()
+                totals[1] += lm_loss.detach()
                 mb_loss = mb_loss + args.lm_coef * lm_loss
             mb_loss.backward()
-            loss += mb_loss.item()
+            totals[0] += mb_loss.detach()
+        loss, lm_total = add_up(totals).tolist()
+        add_up_gradients(trained)
 
         # 3. Gradient step
         lr = scheduler.get_last_lr()[0]

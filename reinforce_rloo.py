@@ -36,12 +36,22 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import completion_logps, fixed_logps, generate, kl_estimate, masked_mean
+from common import (
+    add_up,
+    add_up_gradients,
+    completion_logps,
+    deal_out,
+    fixed_logps,
+    generate,
+    kl_estimate,
+    masked_mean,
+)
 from plumbing import (
     Run,
     check_finite,
     check_prompts,
     has_answers,
+    hold_as_computed,
     is_verified,
     last_number,
     load_model,
@@ -50,10 +60,10 @@ from plumbing import (
     load_tokenizer,
     one_number,
     pick_device,
+    reference_of,
     report_greedy,
     run_script,
     stop,
-    store_as_computed,
     with_ended,
 )
 
@@ -101,6 +111,9 @@ class Args:
 
     micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
     learning_rate: float = 1e-6  # peak learning rate of AdamW (Ahmadian et al.: 1e-6)
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """learning-rate schedule; linear and cosine fall to 0"""
     max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
@@ -245,8 +258,8 @@ def main(args: Args):
     score = load_reward(args.reward, verifier, *model_options)
     tokenizer = load_tokenizer(args.model)
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
-    policy = load_model(*load_again, args.gradient_checkpointing)
-    ref = store_as_computed(load_model(*load_again)) if args.beta else None
+    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
+    ref = (reference_of(policy) or hold_as_computed(load_model(*load_again))) if args.beta else None
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     lr = args.learning_rate
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
@@ -257,8 +270,7 @@ def main(args: Args):
     run.describe(policy, len(rows), len(eval_rows), f"{P} prompts x {G} completions")
 
     def report():
-        if eval_rows:
-            report_greedy(run, policy, tokenizer, score, eval_rows, args.num_prompts * G)
+        report_greedy(run, policy, tokenizer, score, eval_rows, args.num_prompts * G)
 
     if run.step == 0:
         report()
@@ -266,9 +278,9 @@ def main(args: Args):
         start = time.time()
         # 1. Sample G completions of each of P prompts, and score them
         drawn = random.Random(f"{args.seed} {step}").sample(rows, P)
-        prompts = [row["prompt"] for row in drawn]
+        asked = [row["prompt"] for row in drawn]
         sampling = (G, args.max_new_tokens, args.temperature)
-        batch, texts, ended = generate(policy, tokenizer, prompts, *sampling)
+        batch, texts, ended = generate(policy, tokenizer, asked, *sampling)
         row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
         values = score(prompts, texts, row_of_each)
@@ -296,7 +308,6 @@ def main(args: Args):
         greedy_scores = None
         if args.baseline == "remax":
             baselines.append("remax")
-            asked = [row["prompt"] for row in drawn]
             greedy, answers, done = generate(
                 policy, tokenizer, asked, 1, args.max_new_tokens, temperature=0
             )
@@ -311,16 +322,21 @@ def main(args: Args):
         moving.update(rewards.mean().item())
 
         # 4. One gradient step
-        loss = 0.0
-        for mb in batch.split(args.micro_batch_size):
+        loss = torch.zeros((), device=device)
+        for mb in deal_out(batch.split(args.micro_batch_size)):
             part = batch.rows(mb)
             t = part.completion_ids.shape[1]  # the longest of these
             logps = completion_logps(policy, part, args.temperature, args.share_prompts)
-            policy_logps[mb, :t] = logps.detach()
+            if not args.beta:
+                policy_logps[mb, :t] = logps.detach()
             mb_loss = reinforce_loss(logps, advantages[mb, :t], part.completion_mask)
             mb_loss = mb_loss * len(mb) / R  # so that these add up to the mean over all R
             mb_loss.backward()
-            loss += mb_loss.item()
+            loss += mb_loss.detach()
+        if not args.beta:
+            add_up(policy_logps)
+        loss = add_up(loss).item()
+        add_up_gradients(policy)
         lr = scheduler.get_last_lr()[0]
         grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
         check_finite(loss, grad_norm.item())

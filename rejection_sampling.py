@@ -37,13 +37,22 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from common import completion_logps, encode, generate, masked_mean
+from common import (
+    add_up,
+    add_up_gradients,
+    completion_logps,
+    deal_out,
+    encode,
+    generate,
+    masked_mean,
+)
 from plumbing import (
     Run,
     answer_text,
     check_finite,
     check_prompts,
     greedy_rewards,
+    hold_as_computed,
     is_verified,
     kl_from_start,
     last_number,
@@ -53,9 +62,9 @@ from plumbing import (
     load_rows,
     load_tokenizer,
     pick_device,
+    reference_of,
     run_script,
     stop,
-    store_as_computed,
     with_ended,
 )
 
@@ -113,6 +122,9 @@ class Args:
     batch_size: int = 32  # completions per gradient step
     micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
     learning_rate: float = 5e-6  # peak learning rate of AdamW (Tulu 3's SFT: 5e-6)
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule; linear and cosine fall to 0"""
     max_grad_norm: float = 1.0  # maximum norm of the gradient; a larger one is scaled down to it
@@ -401,15 +413,15 @@ def add_gradients(model, tokenizer, chosen, args):
     ended = [done for _, _, done in chosen]
     batch = encode(tokenizer, prompts, completions, ended=ended).to(model.device)
     num_tokens = batch.completion_mask.sum().item()
-    loss = 0.0
-    for mb in batch.split(args.micro_batch_size):
+    loss = torch.zeros((), device=model.device)
+    for mb in deal_out(batch.split(args.micro_batch_size)):
         part = batch.rows(mb)
         logps = completion_logps(model, part, 1.0, args.share_prompts)
         share = part.completion_mask.sum() / num_tokens
         mb_loss = sft_loss(logps, part.completion_mask) * share
         mb_loss.backward()
-        loss += mb_loss.item()
-    return loss, num_tokens
+        loss += mb_loss.detach()
+    return add_up(loss).item(), num_tokens
 
 
 def main(args: Args):
@@ -423,8 +435,8 @@ def main(args: Args):
     rows, eval_rows = load_prompts(args)
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
     score = load_reward(args.reward, verifier, *model_options)
-    recompute = args.gradient_checkpointing
-    policy = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
+    load_again = (AutoModelForCausalLM, args.model, device, args.dtype)
+    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     others = load_candidates(args, tokenizer, policy.context)
     rows = rows_to_answer(rows, others, args)
@@ -436,7 +448,7 @@ def main(args: Args):
     num_steps = steps_per_round * args.rounds
     models = {"policy": policy}
     if args.train and args.control:
-        control = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
+        control = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
         models["control"] = control
     optimizers, schedulers, parts = {}, {}, {}
     for name, model in models.items():
@@ -453,8 +465,7 @@ def main(args: Args):
     def report():
         if not eval_rows:
             return
-        start_model = load_model(AutoModelForCausalLM, args.model, device, args.dtype)
-        store_as_computed(start_model)
+        start_model = reference_of(policy) or hold_as_computed(load_model(*load_again))
         prompts = [row["prompt"] for row in eval_rows]
         sizes = (args.max_new_tokens, args.micro_batch_size)
         metrics = {}
@@ -522,6 +533,7 @@ def main(args: Args):
         for name, model in models.items():
             chosen = [selected[name][j] for j in drawn]
             loss, num_tokens = add_gradients(model, tokenizer, chosen, args)
+            add_up_gradients(model)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             check_finite(loss, grad_norm.item())
             optimizers[name].step()

@@ -32,7 +32,16 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, get_scheduler
 
-from common import completion_logps, encode, encode_answers, last_scores, masked_mean
+from common import (
+    add_up,
+    add_up_gradients,
+    completion_logps,
+    deal_out,
+    encode,
+    encode_answers,
+    last_scores,
+    masked_mean,
+)
 from plumbing import (
     Run,
     answer_text,
@@ -93,6 +102,9 @@ class Args:
     max_length: int = 1024
     """most tokens of a prompt and its completion together; longer completions are cut"""
     learning_rate: float = 9e-6  # peak learning rate of AdamW (InstructGPT: 9e-6)
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """learning-rate schedule after the warm-up; linear and cosine fall to 0"""
     warmup_ratio: float = 0.03  # fraction of the steps used for linear warm-up
@@ -301,12 +313,14 @@ def score_all(model, tokenizer, examples, max_length, args):
     for start in range(0, len(examples), args.batch_size):
         part = examples[start : start + args.batch_size]
         batch, part_ranks = collate(part, tokenizer, max_length)[:2]
-        for mb in batch.split(args.micro_batch_size, whole_prompts=True):
+        part_scores = torch.zeros(len(part_ranks))
+        for mb in deal_out(batch.split(args.micro_batch_size, whole_prompts=True)):
             on_device = batch.rows(mb).to(model.device)
-            scores.append(last_scores(model, on_device, args.share_prompts).cpu())
-            lengths.append(batch.completion_mask[mb].sum(1))
-            ranks.append(part_ranks[mb])
-            prompt_of.append(batch.prompt_of[mb] + start)
+            part_scores[mb] = last_scores(model, on_device, args.share_prompts).cpu()
+        scores.append(add_up(part_scores))
+        lengths.append(batch.completion_mask.sum(1))
+        ranks.append(part_ranks)
+        prompt_of.append(batch.prompt_of + start)
     return torch.cat(scores), torch.cat(lengths), torch.cat(ranks), torch.cat(prompt_of)
 
 
@@ -315,8 +329,8 @@ def score_all(model, tokenizer, examples, max_length, args):
 
 def add_language_model(model, args, device):
     """A causal model on the backbone of the reward model, for --nll-coef."""
-    recompute = args.gradient_checkpointing
-    lm = load_model(AutoModelForCausalLM, args.model, device, args.dtype, recompute)
+    options = (args.dtype, args.gradient_checkpointing, args.lora_rank)
+    lm = load_model(AutoModelForCausalLM, args.model, device, *options)
     setattr(lm, lm.base_model_prefix, model.base_model)
     lm.tie_weights()
     return lm
@@ -328,9 +342,8 @@ def main(args: Args):
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.model)
     examples, eval_examples = load_splits(args, read_examples)
-    recompute = args.gradient_checkpointing
-    auto_class = AutoModelForSequenceClassification
-    model = load_model(auto_class, args.model, device, args.dtype, recompute, new_head=1)
+    options = (args.model, device, args.dtype, args.gradient_checkpointing, args.lora_rank)
+    model = load_model(AutoModelForSequenceClassification, *options, new_head=1)
     set_other_pad(tokenizer)
     model.config.update({"pad_token_id": tokenizer.pad_token_id, "reward_bias": 0.0})
     trained = torch.nn.ModuleList([model])
@@ -387,9 +400,9 @@ def main(args: Args):
         margins, probabilities = margins.to(device), probabilities.to(device)
 
         # 2. Rewards and loss; each micro-batch weighs as much as its share of the step's prompts
-        loss = 0.0
+        loss = torch.zeros((), device=device)
         rewards = torch.zeros_like(ranks, dtype=torch.float32)
-        for mb in batch.split(args.micro_batch_size, whole_prompts=True):
+        for mb in deal_out(batch.split(args.micro_batch_size, whole_prompts=True)):
             part = batch.rows(mb)
             prompts = batch.prompt_of[mb].unique()
             scores = last_scores(model, part, args.share_prompts)
@@ -410,8 +423,11 @@ def main(args: Args):
                 mb_loss = mb_loss + args.nll_coef * prompt_mean(nll, best.prompt_of)
             mb_loss = mb_loss * len(prompts) / len(drawn)
             mb_loss.backward()
-            loss += mb_loss.item()
+            loss += mb_loss.detach()
             rewards[mb] = scores.detach()
+        loss = add_up(loss).item()
+        add_up(rewards)
+        add_up_gradients(trained)
 
         # 3. Gradient step
         lr = scheduler.get_last_lr()[0]

@@ -25,8 +25,11 @@ import torch
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from common import (
+    add_up,
+    add_up_gradients,
     completion_logps,
     content_text,
+    deal_out,
     encode,
     encode_answers,
     encode_prompt,
@@ -82,6 +85,9 @@ class Args:
     have no EOS"""
     learning_rate: float = 5e-6
     """peak learning rate of AdamW (Tulu 3, 8B: 5e-6; small models take ten times that)"""
+    lora_rank: int = 0
+    """rank of the adapters that are trained in place of the weights (LoRA), with about ten times
+    the learning rate; 0: all weights are trained; see docs/models.md"""
     lr_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """learning-rate schedule after the warm-up; linear and cosine fall to 0"""
     warmup_ratio: float = 0.03  # fraction of the steps used for linear warm-up (Tulu 3: 0.03)
@@ -223,7 +229,7 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     columns = ("messages", "prompt"), ("messages", "completion", "response")
     rows, eval_rows = load_splits(args, lambda path: load_rows(path, *columns))
-    options = (device, args.dtype, args.gradient_checkpointing, args.from_scratch)
+    options = (device, args.dtype, args.gradient_checkpointing, args.lora_rank, args.from_scratch)
     model = load_model(AutoModelForCausalLM, args.model, *options)
     max_length = min(args.max_length, model.context)
     check_texts(tokenizer, model, rows + eval_rows)
@@ -268,14 +274,16 @@ def main(args: Args):
         num_tokens = batch.completion_mask.sum().item()
 
         # 2. Log-probs and loss; each micro-batch weighs as much as its share of the step's tokens
-        loss = 0.0
-        for mb in batch.split(args.micro_batch_size):
+        loss = torch.zeros((), device=device)
+        for mb in deal_out(batch.split(args.micro_batch_size)):
             part = batch.rows(mb)
             logps = completion_logps(model, part)
             share = part.completion_mask.sum() / num_tokens
             mb_loss = sft_loss(logps, part.completion_mask) * share
             mb_loss.backward()
-            loss += mb_loss.item()
+            loss += mb_loss.detach()
+        loss = add_up(loss).item()
+        add_up_gradients(model)
 
         # 3. Gradient step
         lr = scheduler.get_last_lr()[0]

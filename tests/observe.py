@@ -286,6 +286,21 @@ def flag_learning_rate(run, base, folder):
     assert mine == pytest.approx([2 * lr for lr in theirs]) and max(mine) == pytest.approx(peak)
 
 
+def flag_lora_rank(run, base, folder):
+    """Only adapters and heads have a gradient; tests/test_lora.py looks at what comes of them."""
+    got = run(lora_rank=2)
+    assert got.untimed() != base.untimed() and got.updates[-1].gradient.any()
+    models = [m for m in got.results("load_model") if hasattr(m, "lora_config")]
+    names = {}
+    for model in models:
+        names |= {id(p): name for name, p in model.named_parameters()}
+    assert models
+    for optimizer in got.optimizers:
+        moved = [names[id(p)] for p in optimizer.state]
+        assert any(".lora_B." in name for name in moved)
+        assert all(".lora_" in name or "score" in name for name in moved)
+
+
 def has_every_flag(script, table):
     """The table of a script has a row for each of its flags, and no other."""
     flags = set(script.Args.__dataclass_fields__)

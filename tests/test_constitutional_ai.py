@@ -121,6 +121,19 @@ def test_a_comparison_by_hand():
     assert text.startswith("user: 1+1\nassistant: 3\nuser: No.\n\nWhich")
 
 
+def test_a_comparison_with_critiques_by_hand():
+    entry = {"prompt": "1+1", "answers": ["3", "2"], "principles": ["Be right.", "Be short."]}
+    entry["critiques"] = [["It is {2}.", "Good."], ["Short.", "Short, too."]]
+    requests = cai.pair_requests(entry)
+    want = "1+1\n\nWhich answer is better? Be right.\n(A) 3\nCritique: It is {2}.\n"
+    assert requests[0] == want + "(B) 2\nCritique: Good.\nReply (A) or (B)."
+    want = "1+1\n\nWhich answer is better? Be right.\n(A) 2\nCritique: Good.\n"
+    assert requests[1] == want + "(B) 3\nCritique: It is {2}.\nReply (A) or (B)."
+    want = "1+1\n\nWhich answer is better? Be short.\n(A) 3\nCritique: Short.\n"
+    assert requests[2] == want + "(B) 2\nCritique: Short, too.\nReply (A) or (B)."
+    assert len(requests) == 4
+
+
 def test_letters_are_scored_as_a_plain_loop_scores_them(tiny):
     asked = cai.load_asked(tiny, torch.device("cpu"), "float32")
     model, tokenizer = asked
@@ -302,6 +315,44 @@ def test_a_pair_is_shown_in_both_orders_with_each_principle(monkeypatch, scripte
     lines = cai.comparison_table(compared, rows, ["p", "q", "r"])
     assert [line.split()[-1] for line in lines[1:]] == ["p", "q", "them"]
     assert lines[1].split()[:5] == ["2", "0.800", "0.600", "0.000", "0.500"]
+
+
+def test_answers_are_criticised_before_they_are_compared(monkeypatch, scripted, tmp_path):
+    """Each by each principle, and once for both orders; pairs that are not compared are not."""
+    asked = []
+
+    def letter_logps(critic, requests, batch_size):
+        asked.extend(requests)
+        return torch.tensor(logps_of(*[0.8] * len(requests)))
+
+    monkeypatch.setattr(cai, "letter_logps", letter_logps)
+    critic = scripted(lambda chat: (f"{chat[1]['content']} by {chat[2]['content'][-2:]}", False))
+    args = some_args(tmp_path, "", criticise_first=True, feedback_temperature=0.2)
+    rows = [{"prompt": "x"}, {"prompt": "z"}, {"prompt": "y"}]
+    pairs = [("1", "2"), ("1", "1"), ("3", "4")]
+    drawn = [["c1", "c2"], ["c1", "c2"], ["c3", "c1"]]
+    compared = cai.compare(critic, rows, pairs, [[True, True]] * 3, drawn, args)
+    assert [entry["outcome"] for entry in compared] == ["compared", "equal", "compared"]
+    assert compared[0]["critiques"] == [["1 by c1", "2 by c1"], ["1 by c2", "2 by c2"]]
+    assert compared[2]["critiques"] == [["3 by c3", "4 by c3"], ["3 by c1", "4 by c1"]]
+    assert asked == cai.pair_requests(compared[0]) + cai.pair_requests(compared[2])
+    assert "(A) 4\nCritique: 4 by c1\n(B) 3\nCritique: 3 by c1\n" in asked[-1]
+    requests = [request for request, _, _ in critic[0].asked]
+    assert requests[1] == cai.critique_request("x", "2", "c1") and len(requests) == 8
+    assert {(most, t) for _, most, t in critic[0].asked} == {(30, 0.2)}
+
+
+def test_critiques_without_room(monkeypatch, scripted, tmp_path):
+    """A pair has none where a critique of one answer does not fit; the others are compared."""
+    monkeypatch.setattr(cai, "letter_logps", lambda *_: torch.tensor(logps_of(0.8, 0.3)))
+    args = some_args(tmp_path, "", criticise_first=True)
+    critic = scripted(lambda chat: ("good", True), 200)
+    pairs = [("1", "2" * 150), ("1", "2")]
+    rows = [{"prompt": "x"}, {"prompt": "y"}]
+    compared = cai.compare(critic, rows, pairs, [[True, True]] * 2, [["p"]] * 2, args)
+    assert [entry["outcome"] for entry in compared] == ["no room", "compared"]
+    assert compared[0]["critiques"] == [["good", None]]
+    assert compared[1]["probability"] == pytest.approx(0.75) and "probability" not in compared[0]
 
 
 def test_a_tie_counts_half():
@@ -554,11 +605,24 @@ def test_critiques_and_revisions_by_hand():
 
 
 def test_comparisons_by_hand():
-    assert make.comparison(Careful(0), [FORGOT, RIGHT], "carry") == "(B)"
-    assert make.comparison(Careful(0), [RIGHT, FORGOT], "carry") == "(A)"
-    for pair in ([RIGHT, FORGOT], [FORGOT, FORGOT]):
-        drawn = {make.comparison(random.Random(seed), pair, "sum") for seed in range(20)}
-        assert drawn == {"(A)", "(B)"}
+    assert make.preferred(Careful(0), [True, False]) == 1
+    assert make.preferred(Careful(0), [False, True]) == 0
+    for alike in ([True, True], [False, False]):
+        assert {make.preferred(random.Random(seed), alike) for seed in range(20)} == {0, 1}
+
+
+def test_a_comparison_is_shown_in_both_orders(monkeypatch):
+    """With the same critiques, and the letter of the same answer."""
+    texts = itertools.cycle([FORGOT, RIGHT])
+    principle = "Carry every ten."
+    monkeypatch.setattr(make, "faulty", lambda rng, prompt: next(texts))
+    monkeypatch.setattr(make, "principle_for", lambda rng, answers: principle)
+    first, second = make.comparison_pair(Careful(0), PROBLEM)
+    shown = [cai.criticised(FORGOT, "7+6+0=13.8+4+1=13.5+0+0=05?5+0+1=06")]
+    shown.append(cai.criticised(RIGHT, "7+6+0=13.8+4+1=13.5+0+1=06.633."))
+    assert first["prompt"] == cai.comparison_request(PROBLEM, principle, *shown)
+    assert second["prompt"] == cai.comparison_request(PROBLEM, principle, *shown[::-1])
+    assert (first["completion"], second["completion"]) == ("(B)", "(A)")
 
 
 def test_how_often_critics_err():
@@ -567,7 +631,7 @@ def test_how_often_critics_err():
     assert 0.12 < missed / 2000 < 0.19
     objected = sum(make.critique(rng, RIGHT, "carry")[1] is not None for _ in range(2000))
     assert 0.01 < objected / 2000 < 0.035
-    swapped = sum(make.comparison(rng, [FORGOT, RIGHT], "carry") == "(A)" for _ in range(2000))
+    swapped = sum(make.preferred(rng, [True, False]) == 0 for _ in range(2000))
     assert 0.08 < swapped / 2000 < 0.12
 
 
@@ -575,12 +639,17 @@ def test_demonstrations_are_repeatable_and_fit():
     """In the critic's context, with room for what is written."""
     taken = {row["prompt"] for row in make.make_data()["problems_test.jsonl"]}
     prompts = make.problems(random.Random(1), 200, taken)
-    rows = make.critic_rows(random.Random(2), prompts)
-    assert rows == make.critic_rows(random.Random(2), prompts) and len(rows) == 1200
+    rows = make.revision_rows(random.Random(2), prompts)
+    assert rows == make.revision_rows(random.Random(2), prompts) and len(rows) == 800
+    rows += make.comparison_rows(random.Random(2), prompts)
+    assert rows[800:] == make.comparison_rows(random.Random(2), prompts) and len(rows) == 1600
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "toy/critic")
     for row in rows:
-        assert len(cai.encode_prompt(tokenizer, row["prompt"])) + 48 <= 256
+        room = 320 - len(cai.encode_prompt(tokenizer, row["prompt"]))
+        assert room >= 48 or row["completion"] in ("(A)", "(B)") and room >= 4
         assert len(row["completion"]) < 48
+    letters = [row["completion"] for row in rows].count
+    assert letters("(A)") == letters("(B)") == 200
     faults = [text for text in (make.faulty(random.Random(i), prompts[i]) for i in range(200))]
     broken = [
         any(make.has_fault(text, kind) for kind in ("carry", "sum", "answer")) for text in faults
@@ -596,6 +665,7 @@ def test_the_toys_constitution_and_critic():
     assert tokenizer.get_vocab() == make.make_tokenizer().get_vocab()
     want = make.make_config(tokenizer, **make.CRITIC_SHAPE).to_dict()
     names = ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    assert model.context == tokenizer.model_max_length == make.CRITIC_SHAPE["context"]
     assert all(model.config.to_dict()[name] == want[name] for name in names)
     files = sum(path.stat().st_size for path in (ROOT / "toy/critic").iterdir())
     assert files < 2_100_000
@@ -620,12 +690,9 @@ def test_the_critic_mends_the_toys_answers(tmp_path, critic):
     assert gain > 0.15 if critic == "critic" else gain < 0.05
 
 
-@pytest.mark.xfail(
-    strict=True, reason="toy/critic has not learned to compare: its labels are near 0.5"
-)
 def test_the_critic_prefers_right_answers(tmp_path):
-    cai.main(toy_args(tmp_path, stage="compare"))
+    cai.main(toy_args(tmp_path, stage="compare", num_prompts=250, batch_size=250))
     [row] = read_rows(tmp_path / "run/metrics.jsonl")
-    assert row["accuracy"] > 0.7 and 0.4 < row["first_place"] < 0.6
+    assert row["accuracy"] > 0.65 and 0.4 < row["first_place"] < 0.6
     for row in read_rows(tmp_path / "run/preferences.jsonl"):
         assert row["chosen"] != row["rejected"] and row["probability"] >= 0.5

@@ -59,6 +59,7 @@ RUNS = {
         dict(supervision="process", reward=f"{ROOT}/toy/make.py:step_rewards"),
     ),
     "grpo, plain": ("grpo", dict(share_prompts=False, micro_batch_size=3, beta=0.0)),
+    "grpo, lora": ("grpo", dict(lora_rank=2)),
     "reinforce": ("reinforce_rloo", dict(baseline="remax")),
     "ppo": ("ppo", dict(num_epochs=2, num_minibatches=2, micro_batch_size=2, kl_target=6.0)),
     "ppo, ptx": ("ppo", dict(num_epochs=1, critic_warmup=1, ptx_coef=1.0, beta=0.0)),
@@ -67,11 +68,20 @@ RUNS = {
     "dpo": ("dpo_nll", dict(precompute_ref=False, loss="ipo", micro_batch_size=5)),
     "sft": ("sft", dict(max_length=30)),
     "bt": ("rm_bt", dict(nll_coef=0.1, center_coef=0.1)),
+    "bt, lora": ("rm_bt", dict(lora_rank=2, nll_coef=0.1)),
     "kwise": ("rm_kwise", dict(share_prompts=False)),
     "prm": ("prm", dict(solution_score="minimum")),
     "orm": ("prm", dict(supervision="outcome", head="cobbe", lm_coef=0.1)),
 }
-FILES = {"bt": "pref", "kwise": "kwise", "dpo": "pref", "prm": "prm", "orm": "orm", "sft": "sft"}
+FILES = {
+    "bt": "pref",
+    "bt, lora": "pref",
+    "kwise": "kwise",
+    "dpo": "pref",
+    "prm": "prm",
+    "orm": "orm",
+    "sft": "sft",
+}
 SAMPLING = dict(num_prompts=2, num_generations=2, max_new_tokens=6, reward="REWARD", eval_size=3)
 
 

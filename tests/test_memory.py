@@ -38,7 +38,7 @@ def test_a_family_stored_in_bfloat16_gives_the_same_bits(family):
     found = []
     for stored in (False, True):
         if stored:
-            plumbing.store_as_computed(model)
+            plumbing.hold_as_computed(model)
         logps = [common.fixed_logps(model, batch, share_prompts=x) for x in (False, True)]
         sampled, _, _ = common.generate(model, tokenizer, ["1", "33+44="], 2, 6, temperature=0)
         found.append([*logps, sampled.completion_ids])
@@ -60,9 +60,9 @@ def test_what_is_stored_in_which_dtype(tied, tmp_path):
     )  # fmt: skip
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     plain = plumbing.load_model(POLICY, tmp_path, CPU, "float32")
-    assert plumbing.store_as_computed(plain) is plain
+    assert plumbing.hold_as_computed(plain) is plain
     assert set(dtypes_of(plain).values()) == {torch.float32}
-    model = plumbing.store_as_computed(plumbing.load_model(POLICY, tmp_path, CPU, "bfloat16"))
+    model = plumbing.hold_as_computed(plumbing.load_model(POLICY, tmp_path, CPU, "bfloat16"))
     halved = {name for name, dtype in dtypes_of(model).items() if dtype == torch.bfloat16}
     want = {name for name in dtypes_of(model) if "proj" in name}
     if not tied:
@@ -75,7 +75,7 @@ def test_what_is_stored_in_which_dtype(tied, tmp_path):
 def test_the_head_of_a_reward_model_stays_float32(auto, tiny):
     load = getattr(transformers, f"AutoModelFor{auto}")
     model = plumbing.load_model(load, tiny, CPU, "bfloat16", new_head=1)
-    kept = {n for n, d in dtypes_of(plumbing.store_as_computed(model)).items() if "proj" not in n}
+    kept = {n for n, d in dtypes_of(plumbing.hold_as_computed(model)).items() if "proj" not in n}
     assert "score.weight" in kept and model.score.weight.dtype == torch.float32
 
 
@@ -91,8 +91,8 @@ def test_reward_models_give_the_same_numbers(kind, bias, tmp_path, monkeypatch):
         model.config.save_pretrained(tmp_path)
     rows = [{"ended": True}] * len(PROMPTS)
     found = []
-    for store in (plumbing.store_as_computed, lambda model: model):
-        monkeypatch.setattr(plumbing, "store_as_computed", store)
+    for store in (plumbing.hold_as_computed, lambda model: model):
+        monkeypatch.setattr(plumbing, "hold_as_computed", store)
         score = plumbing.load_reward("", None, str(tmp_path), CPU, "bfloat16")
         found.append(score(PROMPTS, ANSWERS, rows))
     assert found[0] == found[1] and len(set(found[0])) == 3
@@ -137,13 +137,13 @@ def test_a_run_is_the_same_with_its_reference_stored_as_computed(
         common_flags["eval_dataset"] = str(problems)
     found = []
     stored = []
-    for store in (script.store_as_computed, lambda model: model):
+    for store in (script.hold_as_computed, lambda model: model):
 
         def noting(model, store=store):
             stored.append(store(model))
             return stored[-1]
 
-        monkeypatch.setattr(script, "store_as_computed", noting)
+        monkeypatch.setattr(script, "hold_as_computed", noting)
         folder = str(tmp_path / f"run{len(found)}")
         seen = observe(script, script.Args(**common_flags | flags | dict(output_dir=folder)))
         found.append(seen.untimed())

@@ -956,6 +956,7 @@ FLAGS = {
     "num_minibatches": flag_num_minibatches,
     "micro_batch_size": flag_micro_batch_size,
     "learning_rate": by_both(by_plain(learning_rate=1e-3), observe.flag_learning_rate),
+    "lora_rank": observe.flag_lora_rank,
     "critic_learning_rate": by_plain(critic_learning_rate=1e-3),
     "critic_warmup": by_plain(critic_warmup=2, num_steps=3, lr_schedule="cosine"),
     "lr_schedule": by_both(by_plain(lr_schedule="linear"), by_plain(lr_schedule="cosine")),

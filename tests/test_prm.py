@@ -1151,6 +1151,7 @@ FLAGS = {
     "micro_batch_size": flag_micro_batch_size,
     "max_length": flag_max_length,
     "learning_rate": observe.flag_learning_rate,
+    "lora_rank": observe.flag_lora_rank,
     "lr_schedule": flag_lr_schedule,
     "warmup_ratio": flag_warmup_ratio,
     "max_grad_norm": observe.flag_max_grad_norm,

@@ -576,6 +576,7 @@ FLAGS = {
     "temperature": flag_temperature,
     "micro_batch_size": policy_gradient.flag_micro_batch_size,
     "learning_rate": observe.flag_learning_rate,
+    "lora_rank": observe.flag_lora_rank,
     "lr_schedule": policy_gradient.flag_lr_schedule,
     "max_grad_norm": observe.flag_max_grad_norm,
     "baseline": flag_baseline,

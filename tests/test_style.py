@@ -245,7 +245,7 @@ def test_common_ends_no_process_and_prints_nothing():
 
 ONE_MEANING = [
     "overwrite", "seed", "device", "dtype", "share_prompts", "reward_model", "max_grad_norm",
-    "checkpoint_every", "eval_dataset",
+    "checkpoint_every", "eval_dataset", "lora_rank",
 ]  # fmt: skip
 
 

@@ -23,13 +23,19 @@ toy/judge learned from the pairs of these raters, in both orders, with toy/judge
         --micro-batch-size 32 --output-dir runs/toy-judge
     cp runs/toy-judge/final/* toy/judge/
 
-The critic of constitutional_ai.py learned from critics who make mistakes, too (see below):
+The critic of constitutional_ai.py learned from critics who make mistakes, too (see below). First it
+learned to criticise and revise, then to compare two answers whose critiques it is shown:
 
     python toy/make.py --critic      # toy/critic with random weights, demonstrations in runs/
     python sft.py --model toy/critic --from-scratch --dataset runs/critic_train.jsonl \\
-        --eval-dataset runs/critic_test.jsonl --num-epochs 1 --batch-size 16 --micro-batch-size 8 \\
-        --learning-rate 2e-3 --lr-schedule cosine --max-new-tokens 48 --output-dir runs/toy-critic
-    cp runs/toy-critic/final/* toy/critic/
+        --eval-dataset runs/critic_test.jsonl --num-epochs 1 --batch-size 16 \\
+        --micro-batch-size 16 --learning-rate 2e-3 --lr-schedule cosine --max-new-tokens 48 \\
+        --output-dir runs/toy-critic
+    python sft.py --model runs/toy-critic/final --dataset runs/compare_train.jsonl \\
+        --eval-dataset runs/compare_test.jsonl --num-epochs 1 --batch-size 32 \\
+        --micro-batch-size 32 --learning-rate 5e-4 --lr-schedule cosine --max-new-tokens 48 \\
+        --output-dir runs/toy-critic-compares
+    cp runs/toy-critic-compares/final/* toy/critic/
 """
 
 import itertools
@@ -249,8 +255,8 @@ def write(name, rows):
 # A critic reads an answer line by line for faults of one kind, that of the principle: a line that
 # keeps it gets a full stop, the first that breaks it a question mark, and is written anew:
 #     7+6+0=13.8+4+1=13.5+0+0=05?5+0+1=06
-# Critics overlook 15 in 100 faults, object to 1 in 200 good lines, and prefer the worse of two
-# answers 10 times in 100.
+# Critics overlook 15 in 100 faults and object to 1 in 200 good lines. To compare two answers they
+# criticise both, and prefer one without an objection, but 10 times in 100 the other one.
 
 PRINCIPLES = {  # principle: the kind of fault that breaks it
     "Carry every ten.": "carry",
@@ -341,16 +347,14 @@ def revision(rng, prompt, completion, place, mended):
     return "\n".join([*lines, answer_text(totals)])
 
 
-def comparison(rng, answers, kind):
-    """Which of two answers a critic finds better -> "(A)" or "(B)"; either, if they are alike."""
-    broken = [has_fault(text, kind) for text in answers]
-    letters = ["(A)", "(B)"]
-    if broken[0] == broken[1]:
-        return rng.choice(letters)
-    better = broken.index(False)
+def preferred(rng, objected):
+    """Which of two answers a critic prefers, 0 or 1: the one not objected to; either, if alike."""
+    if objected[0] == objected[1]:
+        return rng.randrange(2)
+    better = objected.index(False)
     if rng.random() < 0.1:
-        better = 1 - better
-    return letters[better]
+        return 1 - better
+    return better
 
 
 def principle_for(rng, answers):
@@ -364,31 +368,60 @@ def principle_for(rng, answers):
     return rng.choice(list(PRINCIPLES))
 
 
-def critic_row(rng, prompt, task):
-    """A row for sft.py: a critique, a revision or a comparison, as `task` says."""
+def import_requests():
+    """constitutional_ai.py, which words what a critic is asked."""
     sys.path.insert(0, str(TOY.parent))
-    from constitutional_ai import comparison_request, critique_request, revision_request
+    import constitutional_ai
 
-    answers = [faulty(rng, prompt)]
-    if task == "comparison":
-        answers.append(faulty(rng, prompt))
-    principle = principle_for(rng, answers)
-    kind = PRINCIPLES[principle]
-    if task == "comparison":
-        request = comparison_request(prompt, principle, *answers)
-        return {"prompt": request, "completion": comparison(rng, answers, kind)}
-    said, place, mended = critique(rng, *answers, kind)
+    return constitutional_ai
+
+
+def revision_row(rng, prompt, task):
+    """A row for sft.py: a "critique" or a "revision", as `task` says."""
+    requests = import_requests()
+    answer = faulty(rng, prompt)
+    principle = principle_for(rng, [answer])
+    said, place, mended = critique(rng, answer, PRINCIPLES[principle])
     if task == "critique":
-        request = critique_request(prompt, *answers, principle)
+        request = requests.critique_request(prompt, answer, principle)
         return {"prompt": request, "completion": said}
-    request = revision_request(prompt, *answers, principle, said)
-    return {"prompt": request, "completion": revision(rng, prompt, *answers, place, mended)}
+    request = requests.revision_request(prompt, answer, principle, said)
+    return {"prompt": request, "completion": revision(rng, prompt, answer, place, mended)}
 
 
-def critic_rows(rng, prompts):
-    """SFT rows: of each problem two critiques, two revisions and two comparisons."""
-    tasks = ["critique", "revision", "comparison"] * 2
-    return [critic_row(rng, prompt, task) for prompt in prompts for task in tasks]
+def comparison_pair(rng, prompt):
+    """Rows for sft.py: two answers with their critiques, compared, in both orders."""
+    requests = import_requests()
+    answers = [faulty(rng, prompt), faulty(rng, prompt)]
+    principle = principle_for(rng, answers)
+    shown = []
+    objected = []
+    for answer in answers:
+        said, place, _ = critique(rng, answer, PRINCIPLES[principle])
+        shown.append(requests.criticised(answer, said))
+        objected.append(place is not None)
+    better = preferred(rng, objected)
+    rows = []
+    for first, second in ((0, 1), (1, 0)):
+        request = requests.comparison_request(prompt, principle, shown[first], shown[second])
+        rows.append({"prompt": request, "completion": "(A)" if better == first else "(B)"})
+    return rows
+
+
+def revision_rows(rng, prompts):
+    """SFT rows: of each problem two critiques and two revisions."""
+    tasks = ["critique", "revision"] * 2
+    return [revision_row(rng, prompt, task) for prompt in prompts for task in tasks]
+
+
+def comparison_rows(rng, prompts):
+    """SFT rows: of each problem a comparison in both orders, and, so that they are not forgotten, a
+    critique and a revision."""
+    rows = []
+    for prompt in prompts:
+        rows += comparison_pair(rng, prompt)
+        rows += [revision_row(rng, prompt, task) for task in ("critique", "revision")]
+    return rows
 
 
 def make_critic_data(seed=SEED):
@@ -398,8 +431,10 @@ def make_critic_data(seed=SEED):
         taken |= set(prompts)
     rng = random.Random(f"{seed} critic")
     return {
-        "critic_train.jsonl": critic_rows(rng, problems(rng, 6000, taken)),
-        "critic_test.jsonl": critic_rows(rng, problems(rng, 50, taken)),
+        "critic_train.jsonl": revision_rows(rng, problems(rng, 6000, taken)),
+        "critic_test.jsonl": revision_rows(rng, problems(rng, 50, taken)),
+        "compare_train.jsonl": comparison_rows(rng, problems(rng, 1500, taken)),
+        "compare_test.jsonl": comparison_rows(rng, problems(rng, 50, taken)),
     }
 
 
@@ -433,7 +468,9 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_config(tokenizer, hidden_size=128, intermediate_size=384, num_hidden_layers=2):
+def make_config(
+    tokenizer, context=256, hidden_size=128, intermediate_size=384, num_hidden_layers=2
+):
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -443,7 +480,7 @@ def make_config(tokenizer, hidden_size=128, intermediate_size=384, num_hidden_la
         num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        max_position_embeddings=256,
+        max_position_embeddings=context,
         initializer_range=0.08,
         tie_word_embeddings=True,
         bos_token_id=1,
@@ -452,7 +489,12 @@ def make_config(tokenizer, hidden_size=128, intermediate_size=384, num_hidden_la
     )
 
 
-CRITIC_SHAPE = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4}
+CRITIC_SHAPE = {
+    "context": 320,  # two answers and their critiques
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+}
 
 
 def make_model(name, **shape):
@@ -463,8 +505,10 @@ def make_model(name, **shape):
 
     logging.disable_progress_bar()
     tokenizer = make_tokenizer()
+    config = make_config(tokenizer, **shape)
+    tokenizer.model_max_length = config.max_position_embeddings
     torch.manual_seed(SEED)
-    LlamaForCausalLM(make_config(tokenizer, **shape)).save_pretrained(TOY / name)
+    LlamaForCausalLM(config).save_pretrained(TOY / name)
     tokenizer.save_pretrained(TOY / name)
 
 

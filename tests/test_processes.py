@@ -1,0 +1,185 @@
+"""Several processes under torchrun (gloo, on the CPU) compute what one process computes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small_runs
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.slow
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def start(count, *command, **environment):
+    """Run a script of ours in `count` processes -> what subprocess.run gives."""
+    words = [sys.executable] if count == 1 else [*TORCHRUN, str(count)]
+    words += [str(word) for word in command]
+    given = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+    return subprocess.run(words, cwd=ROOT, env=given, capture_output=True, text=True, timeout=600)
+
+
+# --- The functions of common.py -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory):
+    """{number of processes: what each of them computed}."""
+    found = {}
+    for count in (1, 3):
+        folder = tmp_path_factory.mktemp(f"of {count}")
+        ran = start(count, "tests/on_processes.py", folder)
+        assert ran.returncode == 0, ran.stderr
+        files = [folder / f"{number}.json" for number in range(count)]
+        found[count] = [json.loads(file.read_text()) for file in files]
+    return found
+
+
+def test_every_process_has_the_whole(computed):
+    """What is dealt out, and the number of the process, are its own; all else is equal."""
+    first, *others = computed[3]
+    for other in others:
+        assert {name for name in first if first[name] != other[name]} == {"dealt"}
+    assert [one["dealt"] for one in computed[3]] == [[0, 3], [1, 4], [2]]
+    assert first["count"] == 3 and first["from first"] == 0
+    assert first["sum"] == [3, 0 + 1 + 2] and first["gathered"] == [0, "x", 1, "x", 2, "x"]
+    assert first["parts of an index"] == [3, 3, 1]
+
+
+def test_greedy_completions_and_log_probs_are_those_of_one_process(computed):
+    [alone] = computed[1]
+    for name in ("greedy", "ids", "ended", "alone", "after_greedy"):
+        assert computed[3][0][name] == alone[name]
+    for row, want in zip(computed[3][0]["logps"], alone["logps"], strict=True):
+        assert row == pytest.approx(want, abs=1e-5)
+
+
+def test_processes_draw_numbers_of_their_own(computed):
+    """Twelve completions of one prompt: were the seeds equal, those of the processes would be."""
+    sampled = computed[3][0]["sampled"]
+    assert len(sampled) == 12
+    by_process = [sampled[:6], sampled[6:9], sampled[9:]]
+    assert by_process[1] != by_process[2] and by_process[0][:3] != by_process[1]
+    assert len(computed[3][0]["parts"]) == 12
+
+
+# --- Every script ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of the short runs of every script, in one process and in two."""
+    folders = {}
+    for count in (1, 2):
+        folders[count] = tmp_path_factory.mktemp(f"runs of {count}")
+        ran = start(count, "tests/small_runs.py", folders[count])
+        assert ran.returncode == 0, ran.stderr
+        said = [line for line in ran.stdout.splitlines() if line.startswith("saved ")]
+        assert len(said) == len(small_runs.CASES)  # the first process alone prints
+    return folders
+
+
+def metrics_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", small_runs.CASES)
+def test_two_processes_train_as_one(case, runs):
+    """Loss, gradient norm and all other metrics of three steps, and the weights after them."""
+    ones, twos = metrics_of(runs[1] / case), metrics_of(runs[2] / case)
+    assert len(ones) == len(twos) >= 3
+    assert len({row["loss"] for row in ones if "loss" in row}) > 1
+    for one, two in zip(ones, twos, strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - {"seconds", "tokens_per_second", "eval_kl", "eval_kl_control"}:
+            assert two[name] == pytest.approx(one[name], rel=2e-5, abs=2e-5), name
+    for name in ("final", "critic"):
+        path = Path(name) / "model.safetensors"
+        if not (runs[1] / case / path).exists():
+            continue
+        ours, theirs = load_file(runs[2] / case / path), load_file(runs[1] / case / path)
+        square = sum(((ours[key] - theirs[key]) ** 2).sum().item() for key in theirs)
+        size = sum((theirs[key] ** 2).sum().item() for key in theirs)
+        assert math.sqrt(square / size) < 1e-5
+
+
+# --- Runs from the command line -------------------------------------------------------------------
+
+REWARD = """
+import os
+
+calls = []
+
+def score(prompts, completions, rows):
+    calls.append(1)
+    with open(os.environ["CALLS"], "a") as file:
+        file.write(f"{os.environ.get('RANK', '0')}\\n")
+    if len(calls) == int(os.environ.get("FAILS_AT", 0)):
+        raise RuntimeError("no judge today")
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+"""
+SMALL = (
+    "--model toy/model --dataset toy/problems_train.jsonl --num-steps 4 --num-prompts 4 "
+    "--num-generations 3 --max-new-tokens 12 --eval-size 0 --checkpoint-every 2 "
+    "--micro-batch-size 4 --learning-rate 1e-3 --num-epochs 2 --num-minibatches 2"
+).split()
+
+
+@pytest.fixture
+def grpo(tmp_path):
+    """Start grpo.py in some processes, with the reward above -> what subprocess.run gives."""
+    (tmp_path / "mine.py").write_text(REWARD)
+
+    def run(count, *flags, **environment):
+        reward = ["--reward", f"{tmp_path}/mine.py:score"]
+        calls = {"CALLS": str(tmp_path / "calls")}
+        return start(count, "grpo.py", *SMALL, *reward, *flags, **calls, **environment)
+
+    return run
+
+
+def one_line(ran):
+    """The only line with our script's name: torchrun adds a report of its own."""
+    assert ran.returncode != 0
+    said = [line for line in ran.stderr.splitlines() if line.startswith("grpo.py: ")]
+    assert len(said) == 1, ran.stderr
+    for name in ("grpo.py", "plumbing.py", "common.py"):  # no traceback of ours
+        assert f'{ROOT / name}", line' not in ran.stderr
+    return said[0]
+
+
+def test_a_run_that_fails_in_one_process_ends_and_resumes(grpo, tmp_path):
+    """On two processes bit for bit; a checkpoint of two also goes on with one."""
+    whole = grpo(2, "--output-dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    assert set((tmp_path / "calls").read_text().split()) == {"0"}  # one process asks the judge
+    final = (tmp_path / "whole/final/model.safetensors").read_bytes()
+    assert "2 processes" in whole.stdout and whole.stdout.count("saved ") == 1
+    broken = ["--output-dir", tmp_path / "broken"]
+    assert "no judge today" in one_line(grpo(2, *broken, FAILS_AT="4"))
+    assert [row["step"] for row in metrics_of(tmp_path / "broken")] == [1, 2, 3]
+    (tmp_path / "broken").rename(tmp_path / "kept")
+    for count in (2, 1):
+        subprocess.run(["cp", "-r", tmp_path / "kept", tmp_path / "broken"], check=True)
+        ran = grpo(count, *broken, "--resume")
+        assert ran.returncode == 0, ran.stderr
+        assert [row["step"] for row in metrics_of(tmp_path / "broken")] == [1, 2, 3, 4]
+        same = (tmp_path / "broken/final/model.safetensors").read_bytes() == final
+        assert same == (count == 2)  # one process samples other completions than two
+        (tmp_path / "broken").rename(tmp_path / f"of {count}")
+
+
+def test_more_processes_than_prompts(grpo, tmp_path):
+    said = one_line(grpo(2, "--num-prompts", "1", "--num-minibatches", "1"))
+    assert "--num-prompts 1: fewer than the 2 processes" in said
+
+
+def test_bad_flags_are_said_once(grpo, tmp_path):
+    ran = grpo(2, "--no-such-flag")
+    assert ran.returncode != 0
+    assert (ran.stdout + ran.stderr).count("--no-such-flag") == 1
