@@ -22,6 +22,7 @@ import torch.distributed as dist
 import transformers
 from torch.nn.functional import pad as pad_tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -710,6 +711,8 @@ def _outputs(model, net, batch, num_tokens, share_prompts):
 
 # --- Log-probs and scores -------------------------------------------------------------------------
 
+LOGITS_AT_ONCE = 2**24  # logits that are float32 at the same time: 64 MB, and as much for a softmax
+
 
 def plain_logps(model, batch, temperature=1.0):
     """What `completion_logps` computes, in its simplest form: each row is prompt and completion.
@@ -735,12 +738,27 @@ def completion_logps(model, batch, temperature=1.0, share_prompts=True):
     and gradients are those of `plain_logps`.
     """
     ids = batch.completion_ids
-    logits = _outputs(model, model, batch, ids.shape[1] - 1, share_prompts)
-    logits = logits.flatten(0, 1).float()
-    if temperature != 1:  # dividing by 1 would copy what may be gigabytes
+    logits = _outputs(model, model, batch, ids.shape[1] - 1, share_prompts).flatten(0, 1)
+    num_tokens = max(1, LOGITS_AT_ONCE // logits.shape[1])
+    logits_parts = logits.split(num_tokens)
+    # The backward pass makes a part's float32 copy and its softmax anew, so that none is kept
+    recompute = torch.is_grad_enabled() and len(logits_parts) > 1
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    logps = []
+    for part in zip(logits_parts, ids.flatten().split(num_tokens), strict=True):
+        if recompute:
+            logps.append(checkpoint(_token_logps, *part, temperature, **options))
+        else:
+            logps.append(_token_logps(*part, temperature))
+    return torch.cat(logps).view_as(ids).masked_fill(~batch.completion_mask, 0.0)
+
+
+def _token_logps(logits, ids, temperature):
+    """Logits (N, V) of any dtype and ids (N,) -> log-probs of the ids (N,) float32."""
+    logits = logits.float()
+    if temperature != 1:  # dividing by 1 would copy them
         logits = logits / temperature
-    nll = torch.nn.functional.cross_entropy(logits, ids.flatten(), reduction="none")
-    return (-nll).view_as(ids).masked_fill(~batch.completion_mask, 0.0)
+    return -torch.nn.functional.cross_entropy(logits, ids, reduction="none")
 
 
 @torch.no_grad()

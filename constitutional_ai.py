@@ -51,6 +51,7 @@ from plumbing import (
     check_prompts,
     check_vocabulary,
     has_answers,
+    hold_as_computed,
     last_number,
     load_model,
     load_rows,
@@ -613,7 +614,8 @@ def outcome_line(names):
 
 def load_asked(path, device, dtype):
     """Folder or hub name -> the model and its tokenizer."""
-    return load_model(AutoModelForCausalLM, path, device, dtype), load_tokenizer(path)
+    model = hold_as_computed(load_model(AutoModelForCausalLM, path, device, dtype))
+    return model, load_tokenizer(path)
 
 
 def check_critic(critic, rows, args):

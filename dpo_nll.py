@@ -60,6 +60,7 @@ from plumbing import (
     check_prompts,
     check_texts,
     greedy_rewards,
+    hold_as_computed,
     is_verified,
     kl_from_start,
     last_number,
@@ -508,7 +509,7 @@ def main(args: Args):
     policy.context = max_length  # what is sampled must fit in training, too
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     num_pairs = args.num_pairs if args.iterations else len(pairs)
-    ref = None if args.precompute_ref else load_model(*load_again)
+    ref = None if args.precompute_ref else hold_as_computed(load_model(*load_again))
     steps_per_iteration = math.ceil(num_pairs * args.num_epochs / args.batch_size)
     num_steps = steps_per_iteration * max(1, args.iterations)
     lr = args.learning_rate
@@ -526,7 +527,7 @@ def main(args: Args):
     def report():
         if not eval_pairs and not eval_rows:
             return
-        start_model = reference_of(policy) or load_model(*load_again)
+        start_model = reference_of(policy) or hold_as_computed(load_model(*load_again))
         metrics = {}
         if eval_pairs:
             logps = all_logps(policy, tokenizer, eval_pairs, max_length, args)

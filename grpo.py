@@ -63,6 +63,7 @@ from plumbing import (
     check_finite,
     check_prompts,
     has_answers,
+    hold_as_computed,
     is_verified,
     last_number,
     load_model,
@@ -454,7 +455,7 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
     policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
-    ref = (reference_of(policy) or load_model(*load_again)) if args.beta else None
+    ref = (reference_of(policy) or hold_as_computed(load_model(*load_again))) if args.beta else None
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     lr = args.learning_rate
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)

@@ -44,6 +44,7 @@ from plumbing import (
     answer_text,
     check_prompts,
     check_vocabulary,
+    hold_as_computed,
     load_model,
     load_reward,
     load_rows,
@@ -373,7 +374,7 @@ def read_answers(path, prompts):
 
 def sample_answers(path, prompts, device, args, seed):
     """A policy's folder or hub name -> one answer to each prompt, and whether it ended."""
-    policy = load_model(AutoModelForCausalLM, path, device, args.dtype)
+    policy = hold_as_computed(load_model(AutoModelForCausalLM, path, device, args.dtype))
     tokenizer = load_tokenizer(path)
     rows = [{"prompt": prompt} for prompt in prompts]
     check_prompts(tokenizer, policy, rows, args.max_new_tokens)
@@ -680,7 +681,7 @@ def main(args: Args):
         print(f"{len(rows)} rows that train a judge: sft.py --dataset {run.folder / 'sft.jsonl'}")
         return
     tokenizer = load_tokenizer(args.model)
-    judge = load_model(AutoModelForCausalLM, args.model, device, args.dtype)
+    judge = hold_as_computed(load_model(AutoModelForCausalLM, args.model, device, args.dtype))
     score = None
     if args.reward_model:
         options = (args.reward_model, device, args.dtype, args.batch_size)

@@ -943,6 +943,28 @@ def _takes_bfloat16(dtype, device):
     return dtype == "bfloat16"
 
 
+def hold_as_computed(model):
+    """Keep the weights of linear layers in the dtype in which they are multiplied -> the model.
+
+    For models that are never trained. Autocast rounds these weights to bfloat16 in each forward
+    pass: rounded once, they give the same bits in half the memory, and no copy is made. float32
+    stay all others: embeddings, an output layer that shares theirs, norms, experts in one tensor,
+    and the head of a reward model, which is computed in float32. Without autocast all do, and in a
+    sharded model, where the tensors that are gathered together have one dtype.
+    """
+    if model.autocast_dtype is None or getattr(model, "sharded", False):
+        return model
+    holders = {}  # of each weight: tied ones have several
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(module)
+    for module in [*model.base_model.modules(), model.get_output_embeddings()]:
+        # Not those of a class of its own, which may use its weight otherwise
+        if type(module) is torch.nn.Linear and len(holders[module.weight]) == 1:
+            module.to(model.autocast_dtype)
+    return model
+
+
 def check_finite(loss, grad_norm):
     """Stop before a step that would break the weights."""
     if not math.isfinite(loss + grad_norm):
@@ -1460,7 +1482,7 @@ def _model_reward(path, device, dtype, micro_batch_size, by_step, shard):
     auto_class = transformers.AutoModelForSequenceClassification
     if of_tokens:
         auto_class = transformers.AutoModelForTokenClassification
-    model = load_model(auto_class, path, device, dtype, shard)
+    model = hold_as_computed(load_model(auto_class, path, device, dtype, shard))
     if not of_tokens and not hasattr(config, "reward_bias"):  # not made by these scripts
         return _foreign_reward(path, model, micro_batch_size)
     tokenizer = load_tokenizer(path)

@@ -72,6 +72,7 @@ from plumbing import (
     check_finite,
     check_prompts,
     has_answers,
+    hold_as_computed,
     is_verified,
     last_number,
     load_model,
@@ -469,7 +470,7 @@ def main(args: Args):
     pretrain_texts = load_texts(args, tokenizer)
     load_again = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
     policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
-    ref = (reference_of(policy) or load_model(*load_again)) if args.beta else None
+    ref = (reference_of(policy) or hold_as_computed(load_model(*load_again))) if args.beta else None
     critic = load_critic(args, tokenizer, device)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions

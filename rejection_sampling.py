@@ -52,6 +52,7 @@ from plumbing import (
     check_finite,
     check_prompts,
     greedy_rewards,
+    hold_as_computed,
     is_verified,
     kl_from_start,
     last_number,
@@ -466,7 +467,7 @@ def main(args: Args):
     def report():
         if not eval_rows:
             return
-        start_model = reference_of(policy) or load_model(*load_again)
+        start_model = reference_of(policy) or hold_as_computed(load_model(*load_again))
         prompts = [row["prompt"] for row in eval_rows]
         sizes = (args.max_new_tokens, args.micro_batch_size)
         metrics = {}

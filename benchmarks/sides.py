@@ -2,8 +2,9 @@
 
     python benchmarks/sides.py JOB        # JOB: the JSON that vs_trl.py makes
 
-Each `run_...` returns the seconds of every step, the first one's loss and gradient norm, by which
-vs_trl.py sees that the sides computed the same, and the tokens of a step.
+Each `run_...` returns the seconds of every step, of which the first is not counted; losses and
+gradient norms of the steps of CHECKED, by which vs_trl.py sees that both sides computed the same;
+and the tokens of a step.
 """
 
 import importlib
@@ -26,6 +27,11 @@ from common import Batch, completion_logps, encode, encode_prompt, generate, pad
 from plumbing import Run, load_model, load_rows, parse_args  # noqa: E402
 
 G = 8  # completions a prompt
+# Numbers of the steps that are compared. In the third, two updates have been made, and the policy
+# has left its reference: in the first the KL is 0, and neither would be seen.
+CHECKED = (1, 3)
+GIVEN = max(CHECKED)  # first steps in which completions are given, not sampled; they are not timed
+LEARNING_RATE = 1e-5  # large enough for a KL in the third step
 
 # --- What the sides share -------------------------------------------------------------------------
 
@@ -50,6 +56,7 @@ def plain_generate(
     """common.generate by model.generate: prompts repeated, all rows on to the longest one's end."""
     ids, mask = pad([encode_prompt(tokenizer, p) for p in prompts], "left")
     of = torch.arange(len(prompts)).repeat_interleave(num_generations)
+    ids, mask, of = ids.to(model.device), mask.to(model.device), of.to(model.device)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
@@ -59,7 +66,7 @@ def plain_generate(
         pad_token_id=tokenizer.pad_token_id,
     )
     bfloat16 = getattr(model, "autocast_dtype", None) is not None
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bfloat16):
         out = model.generate(
             input_ids=ids[of], attention_mask=mask[of].long(), generation_config=config
         )[:, ids.shape[1] :]
@@ -69,6 +76,19 @@ def plain_generate(
         [o[k] for o, k in zip(out, keep, strict=True)], skip_special_tokens=True
     )
     return Batch(ids, mask, out, keep, of), texts, is_eos.any(1)
+
+
+def wait(device):
+    """Until the device has computed what it was told to: a GPU does that on its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device):
+    """The most memory that was used, in GB: on cuda by tensors, else by the process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def full_tokens(batch):
@@ -85,7 +105,11 @@ def run_logps(job, tokenizer):
     batch = as_batch(rows[: 1 if "ranks" in rows[0] else G // 2], tokenizer, "logps")
     weights = torch.rand(batch.completion_ids.shape, generator=torch.Generator().manual_seed(0))
     weights = weights * batch.completion_mask / batch.completion_mask.sum()
-    model = load_model(AutoModelForCausalLM, job["model"], torch.device("cpu"), job["dtype"])
+    model = load_model(
+        AutoModelForCausalLM, job["model"], torch.device(job["device"]), job["dtype"]
+    )
+    batch = batch.to(model.device)
+    weights = weights.to(model.device)
     if job["side"] == "trl":
         from trl.trainer.utils import add_fused_lm_head
 
@@ -103,7 +127,8 @@ def run_logps(job, tokenizer):
         ]
         starts = batch.prompt_mask.sum(1)[of]
         ids, mask = pad([x.tolist() for x in both], "right")  # as its DPO pads
-        where = torch.arange(ids.shape[1]) - starts[:, None]
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        where = torch.arange(ids.shape[1], device=model.device) - starts[:, None]
         labels = ids.masked_fill((where < 0) | ~mask, -100)
         weights = weights.gather(1, where.clamp(0, weights.shape[1] - 1))[:, 1:]
     seconds = []
@@ -111,7 +136,8 @@ def run_logps(job, tokenizer):
         model.zero_grad(set_to_none=True)
         start = time.perf_counter()
         if job["side"] == "trl":
-            with torch.autocast("cpu", torch.bfloat16, enabled=job["dtype"] == "bfloat16"):
+            in_bfloat16 = job["dtype"] == "bfloat16"
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=in_bfloat16):
                 logps = model(
                     input_ids=ids, attention_mask=mask.long(), labels=labels, fused_lm_head=True
                 ).log_probs
@@ -119,16 +145,19 @@ def run_logps(job, tokenizer):
             logps = completion_logps(model, batch, 1.0, job["side"] == "ours")
         loss = (logps * weights).sum()
         loss.backward()
+        wait(model.device)
         seconds.append(time.perf_counter() - start)
     norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-    return seconds, loss.item(), norm, full_tokens(batch)
+    return seconds, [loss.item()], [norm], full_tokens(batch)
 
 
 def run_generate(job, tokenizer):
     """Greedy, so that both sides must give the same: the sum of the token ids is compared, and the
     number of them."""
     rows = load_rows(job["rows"])
-    model = load_model(AutoModelForCausalLM, job["model"], torch.device("cpu"), job["dtype"])
+    model = load_model(
+        AutoModelForCausalLM, job["model"], torch.device(job["device"]), job["dtype"]
+    )
     prompts, each = [row["prompt"] for row in rows], G if "8 each" in job["name"] else 1
     if "equal" in job["name"]:
         prompts = prompts if each > 1 else prompts * (G // 2)
@@ -139,7 +168,7 @@ def run_generate(job, tokenizer):
         batch = make(model, tokenizer, prompts, each, job["tokens"], 0.0)[0]
         seconds.append(time.perf_counter() - start)
     made = int(batch.completion_mask.sum())
-    return seconds, float((batch.completion_ids * batch.completion_mask).sum()), made, made
+    return seconds, [float((batch.completion_ids * batch.completion_mask).sum())], [made], made
 
 
 # --- Whole steps ----------------------------------------------------------------------------------
@@ -155,16 +184,17 @@ def run_script(job, tokenizer):
         dataset=job["rows"],
         output_dir=job["output"],
         dtype=job["dtype"],
+        device=job["device"],
         eval_size=0,
         micro_batch_size=G,
-        learning_rate=1e-6,
+        learning_rate=LEARNING_RATE,
         lr_schedule="constant",
         checkpoint_every=1000,
     )
     if sampled:
         flags |= dict(
             reward=f"{__file__}:reward",
-            num_steps=job["num_steps"],
+            num_steps=job["num_steps"] + GIVEN - 1,
             beta=0.04,
             num_prompts=len(rows),
             num_generations=G,
@@ -186,14 +216,15 @@ def run_script(job, tokenizer):
         *(x for k, v in flags.items() for x in (f"--{k.replace('_', '-')}", str(v))),
     ]
     sys.argv += ["--no-share-prompts"] if job["side"] == "plain" else []
-    make, calls = generate if job["side"] == "ours" else plain_generate, iter([True])
+    make, calls = generate if job["side"] == "ours" else plain_generate, iter([True] * GIVEN)
 
     def generate_given_first(policy, tokenizer, prompts, *options):
         if not next(calls, False):
             return make(policy, tokenizer, prompts, *options)
         given = {row["prompt"]: row["completions"] for row in rows}
-        batch = encode(tokenizer, prompts, [given[p] for p in prompts])
-        return batch, [c for p in prompts for c in given[p]], torch.ones(len(batch.prompt_of)) > 0
+        batch = encode(tokenizer, prompts, [given[p] for p in prompts]).to(policy.device)
+        texts = [c for p in prompts for c in given[p]]
+        return batch, texts, torch.ones_like(batch.prompt_of) > 0
 
     if sampled:
         script.generate = generate_given_first
@@ -207,9 +238,21 @@ def run_script(job, tokenizer):
     Run.log = log_with_clock
     script.main(parse_args(script.Args, {}))
     log = [r for r in load_rows(Path(job["output"], "metrics.jsonl")) if "grad_norm" in r]
-    seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
     tokens = full_tokens(as_batch(rows, tokenizer, name))
-    return [0.0, *seconds], log[0]["loss"], log[0]["grad_norm"], tokens
+    return timed(ends, sampled), *checked(log), tokens
+
+
+def timed(ends, sampled):
+    """Times at which steps ended -> seconds of each, 0 for the first, without the given ones."""
+    seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    skipped = GIVEN - 1 if sampled else 0
+    return [0.0, *seconds[skipped:]]
+
+
+def checked(log):
+    """Logs of the steps -> losses, gradient norms of those of CHECKED that there are."""
+    rows = [log[number - 1] for number in CHECKED if number <= len(log)]
+    return [row["loss"] for row in rows], [row["grad_norm"] for row in rows]
 
 
 def run_trl(job, tokenizer):
@@ -231,16 +274,16 @@ def run_trl(job, tokenizer):
     total = len(rows) * (G if sampled else 1)
     options = dict(
         output_dir=job["output"],
-        max_steps=job["num_steps"],
+        max_steps=job["num_steps"] + (GIVEN - 1 if sampled else 0),
         per_device_train_batch_size=size,
         gradient_accumulation_steps=max(1, total // size),
-        learning_rate=1e-6,
+        learning_rate=LEARNING_RATE,
         weight_decay=0.0,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
         gradient_checkpointing=False,
         bf16=job["dtype"] == "bfloat16",
-        use_cpu=True,
+        use_cpu=job["device"] == "cpu",
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -251,7 +294,8 @@ def run_trl(job, tokenizer):
         options |= dict(
             num_generations=G, max_completion_length=job["tokens"], beta=0.04, temperature=1.0
         )
-        options |= dict(loss_type="grpo") if name == "grpo" else {}
+        if name == "grpo":  # its default multiplies the KL by the ratio: another gradient
+            options |= dict(loss_type="grpo", use_bias_correction_kl=False)
         dataset = dataset.select_columns(["prompt"])
     elif pairs:
         options |= dict(max_length=1024)
@@ -291,7 +335,7 @@ def run_trl(job, tokenizer):
 
     trainer.add_callback(Clock)
     if sampled:
-        original, calls = trainer._generate_single_turn, iter([True])
+        original, calls = trainer._generate_single_turn, iter([True] * GIVEN)
 
         def given_first(prompt_ids, *options, **more):
             if not next(calls, False):
@@ -306,9 +350,9 @@ def run_trl(job, tokenizer):
 
         trainer._generate_single_turn = given_first
     trainer.train()
-    seconds = [b - a for a, b in zip(ends, ends[1:], strict=False)]
     tokens = full_tokens(as_batch(rows, tokenizer, name))
-    return [0.0, *seconds], log[0]["loss"], log[0]["grad_norm"], tokens
+    steps = [row for row in log if "grad_norm" in row]
+    return timed(ends, sampled), *checked(steps), tokens
 
 
 def main(job):
@@ -318,7 +362,7 @@ def main(job):
         job["kind"], run_trl if job["side"] == "trl" else run_script
     )
     seconds, loss, norm, tokens = run(job, tokenizer)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = peak_memory(job["device"])
     print(
         "\n"
         + json.dumps(

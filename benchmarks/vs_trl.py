@@ -6,8 +6,8 @@
 
 Each case runs in processes of its own, alternating (ours, peer, ours, peer), both with the same
 weights, tokens, micro-batches, dtype and threads. Before a time is believed, loss and gradient norm
-of both on the same batch must be equal to 1e-4, in bfloat16, whose step is 8e-3, to 1e-2; sampled
-completions are replaced by given ones for that. The peers:
+of both in the first and the third step must be equal to 1e-4, in bfloat16, whose step is 8e-3, to
+1e-2; sampled completions are replaced by given ones in the first three steps for that. The peers:
 
     trl    the trainer of TRL; log-probs: its fused head, which both its GRPO and its DPO call
     hf     model.generate of Transformers, which TRL generates with
@@ -41,11 +41,12 @@ from plumbing import load_rows, load_tokenizer, parse_args, stop  # noqa: E402
 class Args:
     model: str = str(ROOT / "toy/model")  # folder of a causal model
     pairs: str = str(ROOT / "toy/pref_train.jsonl")  # rows `prompt`, `chosen`, `rejected`, for (c)
+    device: Literal["cpu", "cuda"] = "cpu"  # where both sides run
     cases: tuple[str, ...] = ()  # names of cases, of those that are printed; none: all
     dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
     num_prompts: int = 2  # prompts of a step, 8 completions each
     num_pairs: int = 16  # pairs of a step, the first of --pairs
-    num_steps: int = 3  # steps a process; the first warms up and is not timed
+    num_steps: int = 3  # steps a process; the first, of samplers the first three, are not timed
     rounds: int = 2  # processes a side, alternating
     keep_memory: bool = False  # both sides keep the memory that they free (Linux)
     out: str = ""  # file to which the results are added, JSON Lines
@@ -190,6 +191,7 @@ def main(args):
                     kind=kind,
                     tokens=tokens,
                     dtype=dtype,
+                    device=args.device,
                     model=f"{work}/model",
                     rm=f"{work}/rm",
                     rows=f"{work}/{length}_{tokens}.jsonl",
@@ -219,8 +221,9 @@ def summary(kind, ours, peer, dtype="float32"):
     greedy = kind == "generate" and coarse
     tolerance = 5e-2 if greedy else 1e-2 if coarse else 1e-4
     for what in ("norm", "loss")[: 1 if greedy or kind == "reinforce_rloo" else 2]:
-        if abs(a[what] - b[what]) > tolerance * max(abs(a[what]), abs(b[what])) + tolerance / 100:
-            return (f"not the same: {what} {a[what]:.6g} and {b[what]:.6g}", "", "", "", "")
+        for x, y in zip(a[what], b[what], strict=True):
+            if abs(x - y) > tolerance * max(abs(x), abs(y)) + tolerance / 100:
+                return (f"not the same: {what} {x:.6g} and {y:.6g}", "", "", "", "")
     digits = 2 if medians[0] > 1 else 3
     return (
         ", ".join(f"{m:.{digits}f}" for m in medians),

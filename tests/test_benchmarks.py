@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -15,6 +16,7 @@ from common import generate
 from plumbing import Run, load_model, load_rows, load_tokenizer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu
 import over_optimisation
 import plot
 import scaling
@@ -117,7 +119,7 @@ def prepared(tmp_path_factory):
 
 def job(work, kind, side, length, tokens):
     return dict(
-        name=kind, kind=kind, side=side, tokens=tokens, dtype="float32", num_steps=1,
+        name=kind, kind=kind, side=side, tokens=tokens, dtype="float32", num_steps=1, device="cpu",
         keep_memory=False, model=f"{work}/model", rm=f"{work}/rm",
         rows=f"{work}/{length}_{tokens}.jsonl",
     )  # fmt: skip
@@ -204,7 +206,8 @@ def test_a_script_and_its_plain_form_have_one_loss_and_gradient(prepared, kind, 
         ours, plain = (vs_trl.measure(work, side, prepared) for side in ("ours", "plain"))
     else:
         ours, plain = (measure_here(work, side, tmp_path) for side in ("ours", "plain"))
-    assert ours["norm"] == pytest.approx(plain["norm"], rel=1e-4) and ours["norm"] > 1e-3
+    assert ours["norm"] == pytest.approx(plain["norm"], rel=1e-4) and min(ours["norm"]) > 1e-3
+    assert len(ours["norm"]) == len(ours["loss"]) == (1 if kind == "rm_bt" else 2)
     assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-4, abs=1e-6)
     assert ours["tokens"] == plain["tokens"] > 100
 
@@ -213,29 +216,33 @@ def test_a_script_and_its_plain_form_have_one_loss_and_gradient(prepared, kind, 
 def test_log_probs_are_those_of_trl(prepared, length, tokens):
     pytest.importorskip("trl", reason="needs the extra `bench`")
     tokenizer = load_tokenizer(prepared / "model")
-    ours, theirs = (
-        sides.run_logps(job(prepared, "logps", side, length, tokens), tokenizer)[1:3]
-        for side in ("ours", "trl")
-    )
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    work = job(prepared, "logps", "", length, tokens)
+    found = []
+    for side in ("ours", "trl"):
+        _, loss, norm, _ = sides.run_logps(work | {"side": side}, tokenizer)
+        found.append(loss + norm)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_a_time_is_believed_only_where_loss_and_gradient_agree():
-    ours = [{"seconds": [1.0, 3.0], "peak": 2.0, "loss": 0.5, "norm": 7.0, "tokens": 60}]
-    peer = [{"seconds": [4.0, 8.0], "peak": 5.0, "loss": 0.5, "norm": 7.0005, "tokens": 60}]
+    ours = [{"seconds": [1.0, 3.0], "peak": 2.0, "loss": [0.5], "norm": [7.0], "tokens": 60}]
+    peer = [{"seconds": [4.0, 8.0], "peak": 5.0, "loss": [0.5], "norm": [7.0005], "tokens": 60}]
     row = ("2.00, 6.00", "30, 10", 3.0, "2.00, 5.00", 0.4)
     assert vs_trl.summary("grpo", ours, peer) == row
-    assert "not the same: norm" in vs_trl.summary("grpo", ours, [peer[0] | {"norm": 7.01}])[0]
-    assert "not the same: loss" in vs_trl.summary("grpo", ours, [peer[0] | {"loss": 0.6}])[0]
-    rounded, other = [peer[0] | {"norm": 7.05}], [peer[0] | {"norm": 7.08}]
+    assert "not the same: norm" in vs_trl.summary("grpo", ours, [peer[0] | {"norm": [7.01]}])[0]
+    assert "not the same: loss" in vs_trl.summary("grpo", ours, [peer[0] | {"loss": [0.6]}])[0]
+    third = [peer[0] | {"norm": [7.0, 7.01], "loss": [0.5, 0.5]}]
+    first = [ours[0] | {"norm": [7.0, 7.0], "loss": [0.5, 0.5]}]
+    assert "not the same: norm 7 and 7.01" in vs_trl.summary("grpo", first, third)[0]
+    rounded, other = [peer[0] | {"norm": [7.05]}], [peer[0] | {"norm": [7.08]}]
     assert "not the same: norm" in vs_trl.summary("grpo", ours, rounded)[0]
     assert vs_trl.summary("grpo", ours, rounded, "bfloat16") == row
     assert "not the same: norm" in vs_trl.summary("grpo", ours, other, "bfloat16")[0]
-    assert vs_trl.summary("generate", ours, [other[0] | {"loss": 9.0}], "bfloat16") == row
+    assert vs_trl.summary("generate", ours, [other[0] | {"loss": [9.0]}], "bfloat16") == row
     assert "not the same: norm" in vs_trl.summary("generate", ours, other)[0]
     assert (
         "not the same: norm"
-        in vs_trl.summary("generate", ours, [{**other[0], "norm": 7.5}], "bfloat16")[0]
+        in vs_trl.summary("generate", ours, [{**other[0], "norm": [7.5]}], "bfloat16")[0]
     )
 
 
@@ -252,6 +259,61 @@ def test_operations_are_counted_by_hand():
     for tied in True, False:
         config.tie_word_embeddings = tied
         assert scaling.operations(LlamaForCausalLM(config), 2, 3, 5, 7) == expected
+
+
+# --- gpu.py ---------------------------------------------------------------------------------------
+
+
+def test_the_report_of_a_gpu(monkeypatch, capsys):
+    """A row for each script; what failed says so, and the others are there."""
+
+    def measure(script, args, processes=1):
+        if script == "ppo":
+            return {"error": "out of | memory"}
+        return {"tokens": 123.4, "peak": 5.678, "before": 0.4}
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu, "run_tests", lambda args: "14 passed")
+    monkeypatch.setattr(gpu, "compare_with_trl", lambda args: "| case |")
+    gpu.main(gpu.Args(device="cpu", scripts=("grpo", "ppo")))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"Commit {gpu.commit()}, a CPU, ") and "model model" in lines[0]
+    assert lines[2:] == [
+        "Tests of the device: 14 passed",
+        "",
+        "| script | tokens per second | peak memory, GB |",
+        "|---|---|---|",
+        "| grpo.py | 123 | 5.68 |",
+        "| ppo.py | failed: out of / memory | |",
+        "",
+        "| case |",
+    ]
+
+
+def test_one_script_is_measured():
+    args = gpu.Args(device="cpu", num_steps=2, num_prompts=1, max_new_tokens=4)
+    found = gpu.measure("grpo", args)
+    assert found["tokens"] > 0 and 0 < found["before"] <= found["peak"] < 10
+    args.model = "no such folder"
+    assert "no such folder" in gpu.measure("grpo", args)["error"]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--scripts", "grpo", "judge"], "--scripts judge: not among sft, rm_bt"),
+        (["--device", "cuda"], "--device cuda: PyTorch sees no GPU here"),
+        (["--num-steps", "0"], "--num-steps"),
+    ],
+)
+def test_what_the_gpu_report_refuses(words, said):
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is one")
+    program = [sys.executable, str(ROOT / "benchmarks/gpu.py"), *words]
+    if "cuda" not in words:
+        program += ["--device", "cpu", "--no-tests", "--no-trl"]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert done.returncode == 1 and said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 # --- over_optimisation.py -------------------------------------------------------------------------

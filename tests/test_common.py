@@ -203,6 +203,56 @@ def test_the_fast_form_equals_the_plain_one(kind, share, batch):
         assert torch.allclose(grads[0][name], grads[1][name], atol=1e-4 * scale), name
 
 
+def logps_of_all_logits(model, batch, temperature):
+    """`completion_logps` as it is in one part: the float32 copy of all logits, and its softmax."""
+    ids = batch.completion_ids
+    logits = common._outputs(model, model, batch, ids.shape[1] - 1, True)
+    logits = logits.flatten(0, 1).float() / temperature
+    nll = torch.nn.functional.cross_entropy(logits, ids.flatten(), reduction="none")
+    return (-nll).view_as(ids).masked_fill(~batch.completion_mask, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("at_once", [1, 259 * 7])  # one token, and 7 of the 108 in a part
+def test_logits_in_parts_give_the_same_bits(at_once, temperature, dtype, batch, monkeypatch):
+    """Values and gradients; without gradients the same values."""
+    monkeypatch.setattr(common, "LOGITS_AT_ONCE", at_once)
+    weights = torch.randn(batch.completion_ids.shape, generator=torch.manual_seed(0))
+    values, grads = [], []
+    for form in (logps_of_all_logits, common.completion_logps):
+        model = make_model("llama")
+        model.autocast_dtype = dtype
+        with torch.no_grad():
+            values.append(form(model, batch, temperature))
+        logps = form(model, batch, temperature)
+        (weights * logps).sum().backward()
+        values.append(logps.detach())
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert batch.completion_mask.numel() == 108
+    assert torch.equal(values[0], values[2]) and torch.equal(values[1], values[3])
+    assert torch.equal(*grads) and grads[0].abs().max() > 0
+
+
+def test_the_backward_pass_keeps_no_float32_logits(batch, monkeypatch):
+    """In one part two nodes keep the log-softmax; in parts the bfloat16 logits alone are kept."""
+    model = make_model("llama")
+    model.autocast_dtype = torch.bfloat16
+    kept = []
+
+    def note(tensor):
+        if tensor.shape[-1:] == (259,) and tensor.dtype == torch.float32:
+            kept.append(tensor.numel() // 259)
+        return tensor
+
+    for at_once, want in ((10**9, [108, 108]), (259 * 20, [])):
+        monkeypatch.setattr(common, "LOGITS_AT_ONCE", at_once)
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            common.completion_logps(model, batch)
+        assert kept == want
+
+
 @pytest.mark.parametrize("tokens", [1, 2048])  # each prompt in a pass of its own, and together
 @pytest.mark.parametrize("kind", KINDS)
 def test_shared_and_plain_prompts_have_equal_gradients(kind, tokens, batch, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every script on the simulated accelerator, and the simulation itself."""
+"""Every script on the simulated accelerator and on a GPU if there is one; the simulation."""
 
 import json
 import subprocess
@@ -107,9 +107,12 @@ def flags_of(name, folder, tiny):
     return script, small | flags
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny):
-    """All runs on the simulated device, in one process: folder, {name: what went wrong}, output."""
+@pytest.fixture(scope="module", params=["sim", "cuda"])
+def runs(request, tmp_path_factory, tiny):
+    """All runs on a device, in one process: their folder, {name: what went wrong}, output."""
+    device = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
     folder = tmp_path_factory.mktemp("runs")
     (folder / "text.jsonl").write_text('{"text": "12345"}\n{"text": "6"}\n{"text": "123"}')
     (folder / "digits.py").write_text(
@@ -119,9 +122,9 @@ def runs(tmp_path_factory, tiny):
     todo = {}
     for name in RUNS:
         script, flags = flags_of(name, folder, tiny)
-        todo[name] = script, flags | dict(device="sim", output_dir=str(folder / "sim" / name))
+        todo[name] = script, flags | dict(device=device, output_dir=str(folder / "runs" / name))
     (folder / "runs.json").write_text(json.dumps(todo))
-    out = run(SIM, folder / "runs.json")
+    out = run(SIM, folder / "runs.json", device)
     said = [line[4:] for line in out.stdout.splitlines() if line.startswith("RUN ")]
     return folder, dict(map(json.loads, said)), out.stderr
 
@@ -131,7 +134,7 @@ def test_a_script_runs_there(name, runs):
     """It comes to its end, with the metrics of its evaluations and steps."""
     folder, wrong, errors = runs
     assert wrong.get(name, "it was not begun: " + errors[-2000:]) == ""
-    lines = (folder / "sim" / name / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     steps = [row for row in rows if "tokens_per_second" in row]
     assert len(steps) >= 2 and len(rows) > len(steps)
