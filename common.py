@@ -863,12 +863,12 @@ def generate(
     temperature=1.0,
     top_p=1.0,
     top_k=0,
-    batch_size=None,
+    batch_size=0,
 ):
     """Sample `num_generations` completions of each prompt (text or chat); temperature 0 is greedy.
 
     -> Batch on the model's device, R texts, ended (R,) bool: False where the tokens ran out.
-    batch_size: prompts at a time, to save memory; None: all. With another one, or another number of
+    batch_size: prompts at a time, to save memory; 0: all. With another one, or another number of
     processes, a seed gives other samples.
     The sampling values of the model's own generation_config are not used: the log-probs of training
     would not know of them. Raises ValueError where the logits are nan.

@@ -127,6 +127,9 @@ class Args:
     """sample for this many times P prompts, and train on the first P groups whose rewards are not
     all equal (DAPO); where too few are left, others fill them up"""
     max_new_tokens: int = 256  # longest completion, in tokens (DeepSeekMath: 1024)
+    generation_batch_size: int = 0
+    """prompts whose completions are sampled at a time, to save memory; 0: all of a step. Another
+    number gives other samples"""
     temperature: float = 1.0  # temperature of sampling, and of the log-probs
 
     num_epochs: int = 1  # passes over a step's completions, each in a new order (DeepSeekMath: 1)
@@ -475,8 +478,8 @@ def main(args: Args):
         num_drawn = min(P * args.oversample, len(rows))
         drawn = random.Random(f"{args.seed} {step}").sample(rows, num_drawn)
         asked = [row["prompt"] for row in drawn]
-        sampling = (G, args.max_new_tokens, args.temperature)
-        batch, texts, ended = generate(policy, tokenizer, asked, *sampling)
+        sampling = dict(temperature=args.temperature, batch_size=args.generation_batch_size)
+        batch, texts, ended = generate(policy, tokenizer, asked, G, args.max_new_tokens, **sampling)
         row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
         values = score(prompts, texts, row_of_each)

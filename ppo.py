@@ -134,6 +134,9 @@ class Args:
     num_prompts: int = 64  # P, prompts per step (N+: 512)
     num_generations: int = 1  # G, completions per prompt
     max_new_tokens: int = 256  # longest completion, in tokens
+    generation_batch_size: int = 0
+    """prompts whose completions are sampled at a time, to save memory; 0: all of a step. Another
+    number gives other samples"""
     temperature: float = 1.0  # temperature of sampling, and of the log-probs (N+: 0.7)
 
     num_epochs: int = 4  # passes over a step's completions, each in a new order (N+: 4)
@@ -492,8 +495,8 @@ def main(args: Args):
         # 1. Sample G completions of each of P prompts, and score them
         drawn = random.Random(f"{args.seed} {step}").sample(rows, P)
         asked = [row["prompt"] for row in drawn]
-        sampling = (G, args.max_new_tokens, args.temperature)
-        batch, texts, ended = generate(policy, tokenizer, asked, *sampling)
+        sampling = dict(temperature=args.temperature, batch_size=args.generation_batch_size)
+        batch, texts, ended = generate(policy, tokenizer, asked, G, args.max_new_tokens, **sampling)
         row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
         values = score(prompts, texts, row_of_each)

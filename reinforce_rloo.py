@@ -109,6 +109,9 @@ class Args:
     num_prompts: int = 64  # P, prompts per step (Ahmadian et al.: 512 completions)
     num_generations: int = 4  # G, completions per prompt (Ahmadian et al.: 2 or 4)
     max_new_tokens: int = 256  # longest completion, in tokens
+    generation_batch_size: int = 0
+    """prompts whose completions are sampled at a time, to save memory; 0: all of a step. Another
+    number gives other samples"""
     temperature: float = 1.0  # temperature of sampling, and of the log-probs
 
     micro_batch_size: int = 8  # completions per forward pass; changes memory, not the gradient
@@ -281,8 +284,8 @@ def main(args: Args):
         # 1. Sample G completions of each of P prompts, and score them
         drawn = random.Random(f"{args.seed} {step}").sample(rows, P)
         asked = [row["prompt"] for row in drawn]
-        sampling = (G, args.max_new_tokens, args.temperature)
-        batch, texts, ended = generate(policy, tokenizer, asked, *sampling)
+        sampling = dict(temperature=args.temperature, batch_size=args.generation_batch_size)
+        batch, texts, ended = generate(policy, tokenizer, asked, G, args.max_new_tokens, **sampling)
         row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
         values = score(prompts, texts, row_of_each)
@@ -310,8 +313,9 @@ def main(args: Args):
         greedy_scores = None
         if args.baseline == "remax":
             baselines.append("remax")
+            sampling["temperature"] = 0  # greedy
             greedy, answers, done = generate(
-                policy, tokenizer, asked, 1, args.max_new_tokens, temperature=0
+                policy, tokenizer, asked, 1, args.max_new_tokens, **sampling
             )
             greedy_rows = with_ended(drawn, done, greedy, tokenizer)
             greedy_scores = torch.tensor(score(asked, answers, greedy_rows), device=device)

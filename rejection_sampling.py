@@ -51,6 +51,7 @@ from plumbing import (
     answer_text,
     check_finite,
     check_prompts,
+    from_first,
     greedy_rewards,
     hold_as_computed,
     is_verified,
@@ -322,7 +323,7 @@ def sample_candidates(policy, tokenizer, score, rows, others, run, name):
     """
     args = run.args
     size = max(1, args.micro_batch_size // args.num_generations)  # prompts at a time
-    groups = whole_chunks(run.folder / name, len(rows), size)
+    groups = from_first(whole_chunks(run.folder / name, len(rows), size))
     run.write_rows(name, groups)
     for start in range(len(groups), len(rows), size):
         part = rows[start : start + size]

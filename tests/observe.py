@@ -286,6 +286,15 @@ def flag_learning_rate(run, base, folder):
     assert mine == pytest.approx([2 * lr for lr in theirs]) and max(mine) == pytest.approx(peak)
 
 
+def flag_generation_batch_size(run, base, folder):
+    """Prompts that are sampled at a time: with another number the samples are others."""
+    got = run(generation_batch_size=1, num_steps=1)
+    assert set(got.arguments("generate", "batch_size")) == {1}
+    sampled, of_base = got.results("generate")[0][1], base.results("generate")[0][1]
+    assert len(sampled) == len(of_base) and sampled != of_base
+    assert sampled[:1] != sampled[-1:]
+
+
 def flag_shard(run, base, folder):
     """What it does is seen in tests/test_processes.py: here is one process."""
     refused(run, "--shard divides a model among the processes of torchrun", shard=True)

@@ -1086,6 +1086,7 @@ FLAGS = {
     "num_prompts": policy_gradient.flag_num_prompts,
     "num_generations": policy_gradient.flag_num_generations,
     "oversample": flag_oversample,
+    "generation_batch_size": observe.flag_generation_batch_size,
     "max_new_tokens": policy_gradient.flag_max_new_tokens,
     "temperature": flag_temperature,
     "num_epochs": flag_num_epochs,

@@ -950,6 +950,7 @@ FLAGS = {
     "num_steps": flag_num_steps,
     "num_prompts": flag_num_prompts,
     "num_generations": flag_num_generations,
+    "generation_batch_size": observe.flag_generation_batch_size,
     "max_new_tokens": flag_max_new_tokens,
     "temperature": flag_temperature,
     "num_epochs": by_plain(num_epochs=3),

@@ -572,6 +572,7 @@ FLAGS = {
     "num_steps": policy_gradient.flag_num_steps,
     "num_prompts": policy_gradient.flag_num_prompts,
     "num_generations": flag_num_generations,
+    "generation_batch_size": observe.flag_generation_batch_size,
     "max_new_tokens": policy_gradient.flag_max_new_tokens,
     "temperature": flag_temperature,
     "micro_batch_size": policy_gradient.flag_micro_batch_size,
