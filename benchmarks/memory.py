@@ -80,13 +80,13 @@ ROWS = {
     "sft.py": (1, 0),
     "rm_bt.py, rm_kwise.py, prm.py": (1, 0),
     "dpo_nll.py": (1, 0),
-    "dpo_nll.py --no-precompute-ref": (1, 1),
+    "dpo_nll.py with --no-precompute-ref": (1, 1),
     "grpo.py, reinforce_rloo.py": (1, 1),
-    "grpo.py, reinforce_rloo.py --beta 0": (1, 0),
+    "grpo.py, reinforce_rloo.py with --beta 0": (1, 0),
     "ppo.py": (2, 1),
-    "ppo.py --beta 0": (2, 0),
+    "ppo.py with --beta 0": (2, 0),
     "rejection_sampling.py": (2, 0),
-    "rejection_sampling.py --no-control": (1, 0),
+    "rejection_sampling.py with --no-control": (1, 0),
     BESIDE: (0, 1),
 }
 LORA = "--lora-rank 16, without a second model"

@@ -163,7 +163,7 @@ def test_bytes_per_parameter_by_hand():
     grpo_row = "grpo.py, reinforce_rloo.py"
     assert count(grpo_row, "float32") == count(grpo_row, "bfloat16") == 20
     assert count(grpo_row, "bfloat16", is_linear=False) == 20  # no copy, and the reference is 4
-    assert count("ppo.py", "float32") == 36 and count("ppo.py --beta 0", "bfloat16") == 34
+    assert count("ppo.py", "float32") == 36 and count("ppo.py with --beta 0", "bfloat16") == 34
     assert count(memory.LORA, "float32") == 4 and count(memory.LORA, "bfloat16") == 2
 
 
