@@ -18,9 +18,14 @@ import common  # noqa: E402
 import plumbing  # noqa: E402
 
 
-def what_is_said_of_other_flags(number):
+def sizes_of_parts(number, size):
+    return [len(part) for part in common.micro_batches(torch.arange(number), size)]
+
+
+def said_by(function, *inputs):
+    """What a function that raises ValueError says."""
     try:
-        plumbing._check_processes(Namespace(seed=number), {})
+        function(*inputs)
     except ValueError as error:
         return str(error)
 
@@ -67,11 +72,12 @@ def main(folder):
         "next": torch.rand(()).item(),
         "logps": common.fixed_logps(model, batch, micro_batch_size=4).tolist(),
         "dealt": common.deal_out(list(range(5))),
-        "parts of an index": [len(part) for part in common.micro_batches(torch.arange(7), 100)],
+        "parts of an index": [sizes_of_parts(7, 100), sizes_of_parts(8, 1)],
         "sum": common.add_up(torch.tensor([1.0, float(number)])).tolist(),
         "gathered": common.gather([number, "x"]),
         "from first": plumbing.from_first(number),
-        "other flags": what_is_said_of_other_flags(number),
+        "other flags": said_by(plumbing._check_processes, Namespace(seed=number), {}),
+        "unequal": said_by(common.deal_out, list(range(5)), True),
         "stopped": stopped(folder),
         "count": count,
     }

@@ -343,11 +343,12 @@ def test_answers_are_criticised_before_they_are_compared(monkeypatch, scripted, 
 
 
 def test_critiques_without_room(monkeypatch, scripted, tmp_path):
-    """A pair has none where a critique of one answer does not fit; the others are compared."""
+    """A pair has none where a critique of one answer does not fit, even if the comparison, whose
+    reply is short, would; the others are compared."""
     monkeypatch.setattr(cai, "letter_logps", lambda *_: torch.tensor(logps_of(0.8, 0.3)))
-    args = some_args(tmp_path, "", criticise_first=True)
-    critic = scripted(lambda chat: ("good", True), 200)
-    pairs = [("1", "2" * 150), ("1", "2")]
+    args = some_args(tmp_path, "", criticise_first=True, max_new_tokens=60)
+    critic = scripted(lambda chat: ("good", True), 160)
+    pairs = [("1", "2" * 60), ("1", "2")]
     rows = [{"prompt": "x"}, {"prompt": "y"}]
     compared = cai.compare(critic, rows, pairs, [[True, True]] * 2, [["p"]] * 2, args)
     assert [entry["outcome"] for entry in compared] == ["no room", "compared"]
