@@ -2121,16 +2121,16 @@ class Run:
             print(f"to train on it: python grpo.py --reward-model {self.folder / 'final'}")
 
     def _save_model(self, name, model, tokenizer):
-        whole_state = None
+        given = {}
         if getattr(model, "sharded", False):
-            whole_state = _whole_state(model)
+            given["state_dict"] = _whole_state(model)
 
         def write(new):
             if _has_adapters(model):
                 _merged(model).save_pretrained(new)
                 _save_adapter(model, new / "adapter")
             else:
-                model.save_pretrained(new, state_dict=whole_state)
+                model.save_pretrained(new, **given)
             tokenizer.save_pretrained(new)
             if getattr(model, "has_generic_head", False):
                 (new / "README.md").write_text(GENERIC_HEAD)

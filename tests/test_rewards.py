@@ -501,9 +501,9 @@ def test_a_micro_batch_holds_completions_of_like_length(tmp_path, monkeypatch):
     loads, sizes = [], []
     real_load, real_scores = plumbing.load_model, common.completion_scores
 
-    def load(auto_class, path, device, dtype, **more):
+    def load(auto_class, path, device, dtype, *more):
         loads.append((auto_class, str(path), device, dtype))
-        return real_load(auto_class, path, device, dtype, **more)
+        return real_load(auto_class, path, device, dtype, *more)
 
     def completion_scores(model, batch, *more):
         sizes.append(tuple(batch.completion_ids.shape))

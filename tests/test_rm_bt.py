@@ -921,7 +921,8 @@ def test_every_flag_has_a_check():
 DEFAULTS = dict(
     eval_dataset="", resume=False, overwrite=False, seed=0, device="auto", dtype="auto",
     show_rows=0,
-    gradient_checkpointing=False, share_prompts=True, num_epochs=1, batch_size=64,
+    gradient_checkpointing=False, shard=False, share_prompts=True, lora_rank=0, num_epochs=1,
+    batch_size=64,
     micro_batch_size=8, max_length=1024, learning_rate=9e-6, lr_schedule="cosine",
     warmup_ratio=0.03, max_grad_norm=1.0, eval_size=64, eval_every=50, checkpoint_every=50,
 )  # fmt: skip
