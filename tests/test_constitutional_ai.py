@@ -688,7 +688,7 @@ def test_the_critic_mends_the_toys_answers(tmp_path, critic):
     [row] = [row for row in read_rows(tmp_path / "run/metrics.jsonl") if "accuracy_first" in row]
     gain = row["accuracy_revised"] - row["accuracy_first"]
     assert 0.35 < row["accuracy_first"] < 0.7
-    assert gain > 0.15 if critic == "critic" else gain < 0.05
+    assert gain > 0.1 if critic == "critic" else gain < 0.05
 
 
 def test_the_critic_prefers_right_answers(tmp_path):

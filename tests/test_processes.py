@@ -85,7 +85,8 @@ def test_processes_draw_numbers_of_their_own(computed):
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory):
     """Folders of the short runs that are asked for: in one process, in two, and in two --shard."""
-    items = [item for item in request.session.items if "runs" in item.fixturenames]
+    mine = [item for item in request.session.items if item.path == request.path]
+    items = [item for item in mine if "runs" in item.fixturenames]
     hows = {"one"} | {item.callspec.params["how"] for item in items}
     asked = {item.callspec.params["case"] for item in items}
     asked |= {small_runs.CASES[case][1].get("reward_model") for case in asked}
