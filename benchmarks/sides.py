@@ -218,9 +218,9 @@ def run_script(job, tokenizer):
     sys.argv += ["--no-share-prompts"] if job["side"] == "plain" else []
     make, calls = generate if job["side"] == "ours" else plain_generate, iter([True] * GIVEN)
 
-    def generate_given_first(policy, tokenizer, prompts, *options):
+    def generate_given_first(policy, tokenizer, prompts, *options, temperature, batch_size):
         if not next(calls, False):
-            return make(policy, tokenizer, prompts, *options)
+            return make(policy, tokenizer, prompts, *options, temperature)
         given = {row["prompt"]: row["completions"] for row in rows}
         batch = encode(tokenizer, prompts, [given[p] for p in prompts]).to(policy.device)
         texts = [c for p in prompts for c in given[p]]

@@ -691,6 +691,7 @@ def test_the_critic_mends_the_toys_answers(tmp_path, critic):
     assert gain > 0.1 if critic == "critic" else gain < 0.05
 
 
+@pytest.mark.slow
 def test_the_critic_prefers_right_answers(tmp_path):
     cai.main(toy_args(tmp_path, stage="compare", num_prompts=250, batch_size=250))
     [row] = read_rows(tmp_path / "run/metrics.jsonl")

@@ -33,7 +33,7 @@ import rm_bt
 import rm_kwise
 import sft
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = [pytest.mark.usefixtures("no_picture"), pytest.mark.slow]
 
 CPU = torch.device("cpu")
 POLICY = AutoModelForCausalLM

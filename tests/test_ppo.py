@@ -355,7 +355,7 @@ def test_a_step_is_that_of_the_textbook(tiny, tmp_path, monkeypatch, size):
 
     (tmp_path / "r.py").write_text("def f(p, c, r):\n    return [len(set(x)) / 10 for x in c]")
     monkeypatch.setattr(ppo, "load_critic", load_critic)
-    monkeypatch.setattr(ppo, "generate", lambda *a: seen(generate(*a), made))
+    monkeypatch.setattr(ppo, "generate", lambda *a, **b: seen(generate(*a, **b), made))
     monkeypatch.setattr(ppo, "check_finite", lambda loss, norm: norms.append(norm))
     monkeypatch.setattr(torch, "randperm", lambda n: torch.arange(n).flip(0))
     row = run(tiny_args(
