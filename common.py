@@ -695,17 +695,17 @@ def _outputs(model, net, batch, num_tokens, share_prompts):
         [batch.prompt_mask[batch.prompt_of], batch.completion_mask[:, :num_tokens]], dim=1
     )
     saved_tokens = (len(batch.prompt_of) - len(batch.prompt_ids)) * before
-    # Recomputing activations in the backward pass allows no cache
-    recompute = torch.is_grad_enabled() and getattr(model, "recompute", False)
+    # Recomputing activations in the backward pass allows no cache. A sharded model has to be called
+    # equally often in all processes, and these may have prompts of other lengths.
+    forbidden = getattr(model, "recompute", False) or getattr(model, "sharded", False)
     cache = None
-    worth_it = share_prompts and saved_tokens > WORTH_SHARING and not recompute
+    worth_it = share_prompts and saved_tokens > WORTH_SHARING
+    if forbidden and torch.is_grad_enabled():
+        worth_it = False
     if worth_it and _keeps_keys_only(model):
-        cache, last = _prompt_cache(model, net, batch, before)
+        cache, _ = _prompt_cache(model, net, batch, before)
         ids = ids[:, before:]
     outputs = _call(model, net, ids, mask, cache, keep=num_tokens + 1)
-    if cache is not None and getattr(model, "sharded", False):
-        # FSDP waits for a gradient of what the prompt pass returned, not only of its cache
-        outputs = outputs + 0 * last[:, None]
     return outputs[:, -num_tokens - 1 :]
 
 

@@ -108,6 +108,7 @@ def make_args(folder, case, shard):
 def main(folder, *cases):
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
+    common.WORTH_SHARING = 5  # some micro-batches share their prompts, and others do not
     shard = "--shard" in cases
     chosen = [case for case in cases if case in CASES] or list(CASES)
     if shard:
