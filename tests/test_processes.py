@@ -121,6 +121,8 @@ def test_two_processes_train_as_one(case, how, runs):
     assert len({row["loss"] for row in theirs if "loss" in row}) > 1
     for our, their in zip(ours, theirs, strict=True):
         assert our.keys() == their.keys()
+        if abs(their.get("margin", 1)) < 1e-5:  # all margins of a first step are rounding errors
+            our.pop("accuracy")
         for name in our.keys() - {"seconds", "tokens_per_second", "eval_kl", "eval_kl_control"}:
             assert our[name] == pytest.approx(their[name], rel=1e-4, abs=1e-4), name
     for name in ("final", "critic"):
