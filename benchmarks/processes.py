@@ -1,6 +1,6 @@
 """Short runs of every script in one process, in two and in two --shard: how far they are apart.
 
-    python benchmarks/processes.py           # about two minutes
+    python benchmarks/processes.py           # a few minutes
 
 Prints a table. The runs are those of tests/small_runs.py, whose completions are given, as two
 processes sample others than one. tests/test_processes.py asserts what is printed here.
