@@ -189,7 +189,8 @@ def add_up_gradients(model):
         return
     for parameter in model.parameters():
         if hasattr(parameter, "full_tensor"):  # sharded: their mean is there already
-            parameter.grad *= count
+            if parameter.grad is not None:
+                parameter.grad *= count
         elif parameter.requires_grad:
             if parameter.grad is None:  # such as that of an expert which no token here has met
                 parameter.grad = torch.zeros_like(parameter)
@@ -208,10 +209,12 @@ def whole(model):
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
-    yield
-    for part in parts:
-        part.reshard()
-        part.set_reshard_after_forward(True, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(True, recurse=False)
 
 
 def gather(values):
@@ -795,6 +798,16 @@ def last_scores(model, batch, share_prompts=True):
     last = batch.completion_mask.sum(1, keepdim=True) - 1
     scores = completion_scores(model, batch, share_prompts)[..., 0]
     return scores.gather(1, last)[:, 0]
+
+
+@torch.no_grad()
+def fixed_scores(model, batch, micro_batch_size=8, share_prompts=True):
+    """`last_scores` without gradient, in micro-batches of whole prompts -> (R,)."""
+    scores = torch.zeros(len(batch.prompt_of), device=batch.prompt_of.device)
+    with whole(model):
+        for index in deal_out(batch.split(micro_batch_size, whole_prompts=True)):
+            scores[index] = last_scores(model, batch.rows(index), share_prompts)
+    return add_up(scores)
 
 
 # --- Generation -----------------------------------------------------------------------------------

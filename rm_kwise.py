@@ -36,8 +36,8 @@ from common import (
     deal_out,
     encode,
     encode_answers,
+    fixed_scores,
     last_scores,
-    whole,
 )
 from plumbing import (
     Run,
@@ -292,12 +292,8 @@ def score_all(model, tokenizer, examples, max_length, args):
     for start in range(0, len(examples), args.batch_size):
         part = examples[start : start + args.batch_size]
         batch, part_ranks = collate(part, tokenizer, max_length)
-        part_scores = torch.zeros(len(part_ranks))
-        with whole(model):
-            for mb in deal_out(batch.split(args.micro_batch_size, whole_prompts=True)):
-                on_device = batch.rows(mb).to(model.device)
-                part_scores[mb] = last_scores(model, on_device, args.share_prompts).cpu()
-        scores.append(add_up(part_scores))
+        how = (args.micro_batch_size, args.share_prompts)
+        scores.append(fixed_scores(model, batch.to(model.device), *how).cpu())
         lengths.append(batch.completion_mask.sum(1))
         ranks.append(part_ranks)
         prompt_of.append(batch.prompt_of + start)

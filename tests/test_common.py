@@ -1109,26 +1109,6 @@ def test_a_model_that_names_no_eos():
     assert ended.tolist() == [True] and texts == ["aaa"]
 
 
-def test_prompts_are_generated_from_a_part_at_a_time(tokenizer, monkeypatch):
-    """Greedy completions are the same, whatever the prompts that are computed with them."""
-    model = make_model("llama")
-    prompts = ["a", "bcd", "efghij", "k", "lm"]
-    whole = common.generate(model, tokenizer, prompts, 2, 9, temperature=0)
-    sizes = []
-    fill = common._fill
-
-    def counted(model, end_ids, batch, sampling):
-        sizes.append(len(batch.prompt_ids))
-        return fill(model, end_ids, batch, sampling)
-
-    monkeypatch.setattr(common, "_fill", counted)
-    parts = common.generate(model, tokenizer, prompts, 2, 9, temperature=0, batch_size=2)
-    assert sizes == [2, 2, 1]
-    assert torch.equal(parts[0].completion_ids, whole[0].completion_ids)
-    assert torch.equal(parts[0].prompt_of, whole[0].prompt_of)
-    assert parts[1] == whole[1] and torch.equal(parts[2], whole[2])
-
-
 def test_the_word_at_id_zero_is_generated_like_others():
     tokenizer = with_word_at_zero()
     said = ids_of(tokenizer, "aaaaabaaaaaaaaaaaaaa")

@@ -105,17 +105,17 @@ def runs(request, tmp_path_factory):
     return folders
 
 
+PAIRS = [(case, "two") for case in small_runs.CASES]
+PAIRS += [(case, "sharded") for case in small_runs.CASES if case not in small_runs.NOT_SHARDED]
+
+
 def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("how", ["two", "sharded"])
-@pytest.mark.parametrize("case", small_runs.CASES)
+@pytest.mark.parametrize("case, how", PAIRS)
 def test_two_processes_train_as_one(case, how, runs):
     """Loss, gradient norm and all other metrics of three steps, and the weights after them."""
-    if how == "sharded" and case in small_runs.NOT_SHARDED:
-        assert not (runs[how] / case).exists()
-        return
     ours, theirs = metrics_of(runs[how] / case), metrics_of(runs["one"] / case)
     assert len(ours) == len(theirs) >= 3
     assert len({row["loss"] for row in theirs if "loss" in row}) > 1
@@ -124,7 +124,7 @@ def test_two_processes_train_as_one(case, how, runs):
         if abs(their.get("margin", 1)) < 1e-5:  # all margins of a first step are rounding errors
             our.pop("accuracy")
         for name in our.keys() - {"seconds", "tokens_per_second", "eval_kl", "eval_kl_control"}:
-            assert our[name] == pytest.approx(their[name], rel=1e-4, abs=1e-4), name
+            assert our[name] == pytest.approx(their[name], rel=5e-4, abs=2e-6), name
     for name in ("final", "critic"):
         path = Path(name) / "model.safetensors"
         if not (runs["one"] / case / path).exists():

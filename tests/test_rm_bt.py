@@ -1000,8 +1000,8 @@ def resumes(run, folder):
 def resumes_after_the_last_step(run, base, folder):
     """A run killed while the bias is made has a checkpoint of its last step, and then the bias."""
     flags = dict(output_dir=str(folder / "run"), checkpoint_every=100)
-    calls = len(base.calls["last_scores"])
-    with observe.killed(run.script, "last_scores", calls):
+    calls = len(base.calls["fixed_scores"])
+    with observe.killed(run.script, "fixed_scores", calls):
         run(**flags)
     assert not (folder / "run" / "final").exists()
     resumed = run(resume=True, **flags)
