@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 SPIED = [
     "pick_device", "load_tokenizer", "load_model", "load_reward", "generate", "completion_logps",
-    "completion_scores", "last_scores", "fixed_logps", "encode", "greedy_rewards", "kl_from_start",
-    "get_scheduler",
+    "completion_scores", "last_scores", "fixed_logps", "fixed_scores", "encode",
+    "greedy_rewards", "kl_from_start", "get_scheduler",
 ]  # fmt: skip
 
 
@@ -228,7 +228,7 @@ def flag_gradient_checkpointing(run, base, folder):
 def flag_share_prompts(run, base, folder):
     """Every forward is told, and the metrics are the same."""
     got = run(share_prompts=False)
-    names = ("completion_logps", "completion_scores", "last_scores", "fixed_logps")
+    names = ("completion_logps", "completion_scores", "last_scores", "fixed_logps", "fixed_scores")
     told = [x for name in names for x in got.arguments(name, "share_prompts")]
     assert told and not any(told)
     assert all(x for name in names for x in base.arguments(name, "share_prompts"))

@@ -962,6 +962,28 @@ def test_scores_equal_a_plain_loop(name, before, share, batch):
 
 
 @pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_scores_without_gradient_in_micro_batches(size, share, batch, monkeypatch):
+    """Those of `last_scores`, of whole prompts and at most so many completions at a time."""
+    model = scoring_model(AutoModelForSequenceClassification, num_labels=1)
+    with torch.no_grad():
+        want = common.last_scores(model, batch)
+    told = []
+    last_scores = common.last_scores
+
+    def watched(model, part, share_prompts):
+        told.append((len(part.prompt_ids), len(part.prompt_of), share_prompts))
+        return last_scores(model, part, share_prompts)
+
+    monkeypatch.setattr(common, "last_scores", watched)
+    got = common.fixed_scores(model, batch, size, share)
+    assert torch.allclose(got, want, atol=1e-4) and not got.requires_grad
+    assert all(prompts == 1 or rows <= size for prompts, rows, _ in told)
+    assert {shared for _, _, shared in told} == {share}
+    assert sum(prompts for prompts, _, _ in told) == len(batch.prompt_ids)
+
+
+@pytest.mark.parametrize("share", [True, False])
 def test_scores_before_completions_of_one_token(share):
     """No completion token is fed then; the value is that of the prompt's end."""
     model = scoring_model(AutoModelForSequenceClassification, num_labels=1)

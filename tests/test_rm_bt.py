@@ -776,6 +776,7 @@ def flag_micro_batch_size(run, base, folder):
     got = run(micro_batch_size=1)
     prompts = [len(batch.prompt_ids) for batch in got.arguments("last_scores", "batch")]
     assert set(prompts) == {1}
+    assert set(got.arguments("fixed_scores", "micro_batch_size")) == {1}
     several = base.arguments("last_scores", "batch")
     several = [len(batch.prompt_of) for batch in several if len(batch.prompt_ids) > 1]
     assert several and max(several) <= base.args.micro_batch_size
