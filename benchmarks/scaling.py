@@ -10,7 +10,6 @@ large matrices, measured in the same processes. Attention's own products are not
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -24,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from common import Batch, completion_logps  # noqa: E402
 from plumbing import load_model, parse_args, stop  # noqa: E402
+
+from sides import peak_memory  # noqa: E402
 
 
 @dataclass
@@ -92,10 +93,9 @@ def child(point, path):
         start = time.perf_counter()
         completion_logps(model, batch).sum().backward()
         seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return point | {
         "seconds": min(seconds),
-        "memory": peak,
+        "memory": peak_memory("cpu"),
         "predicted": operations(model, P, G, Tp, Tc) / matmul_rate(),
     }
 

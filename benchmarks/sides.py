@@ -9,6 +9,7 @@ and the tokens of a step.
 
 import importlib
 import json
+import re
 import resource
 import sys
 import time
@@ -85,10 +86,16 @@ def wait(device):
 
 
 def peak_memory(device):
-    """The most memory that was used, in GB: on cuda by tensors, else by the process."""
+    """The most memory that was used, in GB: on cuda by tensors, else by the process.
+
+    On Linux `ru_maxrss` would also hold the peak of the process that started this one.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS counts bytes
 
 
 def full_tokens(batch):

@@ -22,6 +22,7 @@ import rejection_sampling
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 import memory  # noqa: E402
+import sides  # noqa: E402
 
 CPU = torch.device("cpu")
 POLICY = transformers.AutoModelForCausalLM
@@ -205,6 +206,18 @@ def test_the_tables_of_the_documentation_are_the_program_s():
     assert len(tables) == 2
     for table in tables:
         assert table in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_the_peak_of_a_process_is_its_own():
+    """Not that of the process that started it."""
+    mine = torch.ones(2 * 10**9, dtype=torch.uint8)
+    program = "from sides import peak_memory; print(peak_memory('cpu'))"
+    out = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT / "benchmarks"
+    )
+    assert mine.numel() / 1e9 <= sides.peak_memory("cpu")
+    assert 0.05 < float(out.stdout) < 1.5
 
 
 @pytest.mark.real
