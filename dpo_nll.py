@@ -59,6 +59,7 @@ from plumbing import (
     check_finite,
     check_prompts,
     check_texts,
+    count_steps,
     greedy_rewards,
     hold_as_computed,
     is_verified,
@@ -510,7 +511,7 @@ def main(args: Args):
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     num_pairs = args.num_pairs if args.iterations else len(pairs)
     ref = None if args.precompute_ref else hold_as_computed(load_model(*load_again))
-    steps_per_iteration = math.ceil(num_pairs * args.num_epochs / args.batch_size)
+    steps_per_iteration = count_steps(num_pairs * args.num_epochs, args)
     num_steps = steps_per_iteration * max(1, args.iterations)
     lr = args.learning_rate
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)

@@ -2214,6 +2214,21 @@ def _check_processes(args, inputs):
             stop(f"{flag} {size}: fewer than the {count} processes, one would have nothing to do")
 
 
+def count_steps(num_rows, args):
+    """Steps that take --batch-size rows each, the last one what is left -> how many there are.
+
+    Stops where that leaves the last step of --shard fewer rows than there are processes.
+    """
+    left = num_rows % args.batch_size
+    count = process()[1]
+    if args.shard and 0 < left < count:
+        stop(
+            f"--shard: {num_rows} rows in steps of --batch-size {args.batch_size} leave {left} to "
+            f"the last step, fewer than the {count} processes"
+        )
+    return math.ceil(num_rows / args.batch_size)
+
+
 def _check_shard(args, count):
     """Stop where --shard cannot work."""
     if count == 1:

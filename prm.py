@@ -57,6 +57,7 @@ from plumbing import (
     answer_text,
     check_finite,
     check_texts,
+    count_steps,
     load_model,
     load_rows,
     load_splits,
@@ -505,7 +506,7 @@ def main(args: Args):
     for epoch in range(args.num_epochs):  # each epoch in an order of its own
         for group in random.Random(f"{args.seed} {epoch}").sample(groups, len(groups)):
             order += group
-    num_steps = math.ceil(len(order) / args.batch_size)
+    num_steps = count_steps(len(order), args)
     lr = args.learning_rate
     optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=0.0, fused=True)
     schedule = args.lr_schedule if args.lr_schedule != "constant" else "constant_with_warmup"

@@ -51,6 +51,7 @@ from plumbing import (
     answer_text,
     check_finite,
     check_prompts,
+    count_steps,
     from_first,
     greedy_rewards,
     hold_as_computed,
@@ -447,7 +448,7 @@ def main(args: Args):
     K = args.top_k if args.top_k and args.select.endswith("overall") else M
     if not others and K > M * args.num_generations:
         stop(f"--top-k {K}: there are {M * args.num_generations} candidates")
-    steps_per_round = math.ceil(K * args.num_epochs / args.batch_size) if args.train else 0
+    steps_per_round = count_steps(K * args.num_epochs, args) if args.train else 0
     num_steps = steps_per_round * args.rounds
     models = {"policy": policy}
     if args.train and args.control:

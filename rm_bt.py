@@ -48,6 +48,7 @@ from plumbing import (
     answer_text,
     check_finite,
     check_texts,
+    count_steps,
     last_tokens,
     load_model,
     load_rows,
@@ -372,7 +373,7 @@ def main(args: Args):
     for epoch in range(args.num_epochs):  # each epoch in an order of its own
         shuffle = random.Random(f"{args.seed} {epoch}")
         order += shuffle.sample(range(len(examples)), len(examples))
-    num_steps = math.ceil(len(order) / args.batch_size)
+    num_steps = count_steps(len(order), args)
     lr = args.learning_rate
     optimizer = torch.optim.AdamW(trained.parameters(), lr=lr, weight_decay=0.0, fused=True)
     schedule = args.lr_schedule if args.lr_schedule != "constant" else "constant_with_warmup"

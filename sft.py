@@ -15,7 +15,6 @@ The draft prints no formula here. Choices it leaves open:
 To use it elsewhere, copy this file, common.py and plumbing.py, and pass --model and --dataset.
 """
 
-import math
 import random
 import time
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from plumbing import (
     answer_text,
     check_finite,
     check_texts,
+    count_steps,
     load_model,
     load_rows,
     load_splits,
@@ -246,7 +246,7 @@ def main(args: Args):
     for epoch in range(args.num_epochs):  # each epoch in an order of its own
         shuffle = random.Random(f"{args.seed} {epoch}")
         order += shuffle.sample(range(len(pairs)), len(pairs))
-    num_steps = math.ceil(len(order) / args.batch_size)
+    num_steps = count_steps(len(order), args)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )

@@ -1750,3 +1750,27 @@ def test_talk_ends_with_the_input(tiny, monkeypatch, capsys):
     monkeypatch.setattr(plumbing, "quieten_transformers", lambda: None)
     plumbing.talk(tiny)
     assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+# --- Steps of several processes -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "num_rows, batch_size, steps", [(8, 4, 2), (9, 4, 3), (11, 4, 3), (3, 4, 1), (0, 4, 0)]
+)
+def test_the_last_step_has_what_is_left(num_rows, batch_size, steps):
+    args = SimpleNamespace(batch_size=batch_size, shard=False)
+    assert plumbing.count_steps(num_rows, args) == steps
+
+
+@pytest.mark.parametrize("num_rows, enough", [(8, True), (9, False), (10, True), (1, False)])
+def test_the_last_step_of_shard_has_a_row_for_each_process(num_rows, enough, monkeypatch):
+    """Before the run: at its end all that was trained would be lost."""
+    monkeypatch.setattr(plumbing, "process", lambda: (0, 2))
+    assert plumbing.count_steps(num_rows, SimpleNamespace(batch_size=4, shard=False))
+    args = SimpleNamespace(batch_size=4, shard=True)
+    if enough:
+        assert plumbing.count_steps(num_rows, args) == math.ceil(num_rows / 4)
+        return
+    with pytest.raises(plumbing.UserError, match=f"{num_rows} rows .* leave 1 to the last step"):
+        plumbing.count_steps(num_rows, args)
