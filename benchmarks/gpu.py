@@ -7,13 +7,14 @@
 2. benchmarks/vs_trl.py, where trl is installed.
 3. Each training script, a few steps on short rows of toy/, in a process of its own: completion
    tokens per second (the median of the steps after the first), and the most memory that it used.
-4. Where there are several GPUs, the same by torchrun.
+4. Where there are several GPUs, the same by torchrun, and with --shard; the memory is that of the
+   first process. --processes 2 tries this on a CPU.
 """
 
 import importlib
 import importlib.util
 import json
-import os
+import re
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import transformers
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from plumbing import Run, run_script, stop  # noqa: E402
+from plumbing import Run, end_processes, run_script, start_processes, stop  # noqa: E402
 from sides import peak_memory  # noqa: E402
 
 
@@ -43,6 +44,7 @@ class Args:
     max_new_tokens: int = 64  # longest completion that is sampled
     micro_batch_size: int = 8  # completions per forward pass
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    processes: int = 0  # processes of torchrun; 0: one for each GPU, and on a CPU none
     tests: bool = True  # run the tests that start each script on the device
     trl: bool = True  # compare with TRL, where it is installed
 
@@ -65,7 +67,7 @@ SCRIPTS = {
 # --- One script, in a process of its own ----------------------------------------------------------
 
 
-def flags_of(script, args, folder):
+def flags_of(script, args, folder, shard):
     """Flags of a run of `args.num_steps` steps that neither evaluates nor saves -> dict."""
     flags = dict(
         model=args.model,
@@ -77,6 +79,7 @@ def flags_of(script, args, folder):
         micro_batch_size=args.micro_batch_size,
         checkpoint_every=10**6,
         gradient_checkpointing=args.gradient_checkpointing,
+        shard=shard,
     )
     if SCRIPTS[script] != "problems_train":
         return flags | dict(num_epochs=1, batch_size=args.batch_size)
@@ -88,21 +91,29 @@ def flags_of(script, args, folder):
 
 
 def child(job):
-    """Run a script, and print what it took as a line of JSON."""
+    """Run a script, and print what it took as a line of JSON: of several processes, the first."""
+    start_processes()
     script = importlib.import_module(job["script"])
     Run.finish = lambda *_: None  # saving is not what is measured
     before = 0.0 if job["flags"]["device"] == "cuda" else peak_memory("cpu")
     script.main(script.Args(**job["flags"]))
     peak = peak_memory(job["flags"]["device"])
-    if os.environ.get("RANK", "0") == "0":
-        print("\n" + json.dumps({"peak": peak, "before": before}))
+    print("\n" + json.dumps({"peak": peak, "before": before}), flush=True)
+    end_processes()
 
 
-def measure(script, args, processes=1):
+def failure(stderr):
+    """What a process wrote -> the line of its error, without torchrun's report of it."""
+    lines = re.findall(r"^(?:\[rank\d+\]: )?([\w.]+(?:Error|Exception): .+)$", stderr, re.MULTILINE)
+    lines = [line for line in lines if not line.startswith("torch.distributed.elastic")]
+    return (lines or stderr.strip().splitlines() or ["it ended"])[-1][:200]
+
+
+def measure(script, args, processes=1, shard=False):
     """Run a script in a process of its own, or by torchrun in several.
 
     -> {"tokens": tokens per second, "peak": GB, "before": GB of the process without a model, on the
-    CPU; "error": the last line that it printed, where it failed}.
+    CPU; "error": what it said, where it failed}.
     """
     with tempfile.TemporaryDirectory() as folder:
         lines = (ROOT / f"toy/{SCRIPTS[script]}.jsonl").read_text().splitlines(keepends=True)
@@ -110,7 +121,7 @@ def measure(script, args, processes=1):
         if SCRIPTS[script] == "problems_train":
             num_rows = args.num_steps * args.num_prompts
         Path(folder, "rows.jsonl").write_text("".join(lines[:num_rows]))
-        job = {"script": script, "flags": flags_of(script, args, folder)}
+        job = {"script": script, "flags": flags_of(script, args, folder, shard)}
         launcher = [sys.executable]
         if processes > 1:
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -118,7 +129,7 @@ def measure(script, args, processes=1):
         command = [*launcher, __file__, "child", json.dumps(job)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
-            return {"error": (done.stderr.strip().splitlines() or ["it ended"])[-1][:200]}
+            return {"error": failure(done.stderr)}
         found = json.loads(done.stdout.strip().splitlines()[-1])
         rows = map(json.loads, Path(folder, "run/metrics.jsonl").read_text().splitlines())
         speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
@@ -192,11 +203,15 @@ def main(args):
     print("| script | tokens per second | peak memory, GB |\n|---|---|---|", flush=True)
     for script in args.scripts or SCRIPTS:
         print(table_row(f"{script}.py", measure(script, args)), flush=True)
-    num_gpus = torch.cuda.device_count() if args.device == "cuda" else 1
-    if num_gpus > 1:
+    processes = args.processes
+    if not processes and args.device == "cuda":
+        processes = torch.cuda.device_count()
+    if processes > 1:
         for script in args.scripts or SCRIPTS:
-            name = f"torchrun --nproc-per-node {num_gpus} {script}.py"
-            print(table_row(name, measure(script, args, num_gpus)), flush=True)
+            for shard in (False, True):
+                name = f"torchrun --nproc-per-node {processes} {script}.py{' --shard' * shard}"
+                found = measure(script, args, processes, shard)
+                print(table_row(name, found), flush=True)
     if args.trl:
         print(f"\n{compare_with_trl(args)}", flush=True)
 

@@ -267,10 +267,10 @@ def test_operations_are_counted_by_hand():
 def test_the_report_of_a_gpu(monkeypatch, capsys):
     """A row for each script; what failed says so, and the others are there."""
 
-    def measure(script, args, processes=1):
+    def measure(script, args, processes=1, shard=False):
         if script == "ppo":
             return {"error": "out of | memory"}
-        return {"tokens": 123.4, "peak": 5.678, "before": 0.4}
+        return {"tokens": 123.4 * processes, "peak": 5.678 / (1 + shard), "before": 0.4}
 
     monkeypatch.setattr(gpu, "measure", measure)
     monkeypatch.setattr(gpu, "run_tests", lambda args: "14 passed")
@@ -288,6 +288,26 @@ def test_the_report_of_a_gpu(monkeypatch, capsys):
         "",
         "| case |",
     ]
+    gpu.main(gpu.Args(device="cpu", scripts=("grpo",), processes=2))
+    assert capsys.readouterr().out.splitlines()[6:] == [
+        "| grpo.py | 123 | 5.68 |",
+        "| torchrun --nproc-per-node 2 grpo.py | 247 | 5.68 |",
+        "| torchrun --nproc-per-node 2 grpo.py --shard | 247 | 2.84 |",
+        "",
+        "| case |",
+    ]
+
+
+@pytest.mark.slow
+def test_one_script_is_measured_in_two_processes():
+    """They are one run: each alone would find the folder of the other there."""
+    args = gpu.Args(device="cpu", num_steps=2, num_prompts=2, max_new_tokens=4)
+    found = gpu.measure("grpo", args, processes=2, shard=True)
+    assert found["tokens"] > 0 and 0 < found["before"] <= found["peak"] < 10
+    args.num_prompts = 1
+    assert gpu.measure("grpo", args, 2)["error"].endswith(
+        "--num-prompts 1: fewer than the 2 processes, one would have nothing to do"
+    )
 
 
 def test_one_script_is_measured():
