@@ -36,12 +36,12 @@ class Batch:
     prompt_mask: torch.Tensor  # (P, Tp) bool
     completion_ids: torch.Tensor  # (R, Tc) long, right-padded
     completion_mask: torch.Tensor  # (R, Tc) bool, True through the EOS, and only there
-    prompt_of: torch.Tensor  # (R,) long, the prompt of each completion, prompt-major: 0 0 0 1 1 1
+    prompt_of: torch.Tensor  # (R,) long, the prompt of each completion; when made: 0 0 0 1 1 1
 
     def rows(self, index):
         """Select completions with their prompts, and cut the padding that none of them needs.
 
-        index: long tensor of completions, prompt-major -> Batch.
+        index: long tensor of completions -> Batch, its completions in the order of `index`.
         """
         prompts, prompt_of = self.prompt_of[index].unique(return_inverse=True)
         prompt_mask = self.prompt_mask[prompts]
@@ -61,9 +61,10 @@ class Batch:
 
         Prompts whose longest row (prompt and completion) is long go first, so that rows of like
         length share a micro-batch, and a lack of memory shows at once.
-        size: completions in a micro-batch; of several processes each gets equally many, so that
-        some are smaller or larger. whole_prompts: never divide the completions of one prompt; a
-        prompt that has more than `size` of them is a micro-batch of its own.
+        size: completions per micro-batch; with several processes some micro-batches are divided or
+        joined, so that every process gets the same number of them. whole_prompts: never divide the
+        completions of one prompt; a prompt that has more than `size` of them is a micro-batch of
+        its own.
         """
         prompt_lengths = self.prompt_mask.sum(1)
         row_lengths = prompt_lengths[self.prompt_of] + self.completion_mask.sum(1)
@@ -76,7 +77,7 @@ class Batch:
             parts = _for_all_processes(order.split(_pack(counts.tolist(), size)), self.prompt_of)
         else:
             parts = _for_all_processes(order.split(size))
-        return [part.sort().values for part in parts]  # prompt-major, as `rows` needs it
+        return [part.sort().values for part in parts]  # completions of one prompt stay together
 
     def to(self, device):
         """The same batch on `device`."""
@@ -110,8 +111,10 @@ def pad(rows, side):
     masks = [torch.ones_like(row, dtype=torch.bool) for row in ids]
     padded = pad_sequence(ids, batch_first=True, padding_side=side)
     mask = pad_sequence(masks, batch_first=True, padding_side=side)
-    if side == "left":  # with each row's last id: that of id 0 may be an embedding of zeros, whose
-        padded = torch.where(mask, padded, padded[:, -1:])  # norm has no gradient (Gemma 3n)
+    if side == "left":
+        # With each row's last id: the embedding of id 0 may be zeros, whose norm has no gradient
+        # (Gemma 3n)
+        padded = torch.where(mask, padded, padded[:, -1:])
     return padded, mask
 
 
@@ -169,6 +172,7 @@ def _for_all_processes(parts, prompt_of=None):
             cut = int((prompt_of[parts[i]] == members[i][cut]).nonzero()[0])
         parts[i : i + 1] = [parts[i][:cut], parts[i][cut:]]
     if len(parts) > count:
+        # Parts too many are joined to their neighbours, from the end, none of them twice
         for number in range(len(parts) % count):
             i = len(parts) - 2 - number
             parts[i : i + 2] = [torch.cat(parts[i : i + 2])]
@@ -229,7 +233,7 @@ def gather(values):
 
 @contextlib.contextmanager
 def _own_seed(temperature, device):
-    """Inside, each process draws numbers of its own; behind it, the generators are equal again."""
+    """Inside, each process draws numbers of its own; after it, the generators are equal again."""
     number, count = process()
     if count == 1 or temperature == 0:  # greedy completions draw nothing
         yield
@@ -250,7 +254,7 @@ class Turns:
 
     before: str  # before the text of a first user
     opening: str  # between the user's text and the answer: where an answer begins
-    ending: str  # behind an answer: the end of turn and perhaps a newline
+    ending: str  # after an answer: the end of turn and perhaps a newline
     ending_ids: list
     end: int  # the id that ends an answer: see `end_of_turn`
     wants_parts: bool  # a content has to be a list of parts: a text would vanish
@@ -293,7 +297,7 @@ def _wants_parts(tokenizer, user):
 
 
 def _end_in(tokenizer, ids):
-    """Ids behind an answer -> the one that ends it: see `end_of_turn`."""
+    """Ids after an answer -> the one that ends it: see `end_of_turn`."""
     is_special = [token in tokenizer.added_tokens_decoder for token in ids]
     written = [token for token in ids if tokenizer.decode([token]).strip()]
     if any(is_special):
@@ -301,8 +305,9 @@ def _end_in(tokenizer, ids):
         last = first
         while last < len(ids) and is_special[last]:
             last += 1
-        if tokenizer.eos_token_id in ids[first:last]:  # Cohere's templates end an answer, then
-            return tokenizer.eos_token_id  # the turn
+        # Cohere's templates end an answer with one special token, and the turn with the EOS
+        if tokenizer.eos_token_id in ids[first:last]:
+            return tokenizer.eos_token_id
         return ids[first]
     if len(written) == 1:
         return written[0]
@@ -385,7 +390,7 @@ def prompt_text(tokenizer, prompt):
 def conversation_text(tokenizer, prompt, answer, ended=True):
     """A prompt and its answer (a text, or a message) -> text, with the template's ending.
 
-    ended: False where the answer was cut off, and nothing comes behind it.
+    ended: False where the answer was cut off, and nothing comes after it.
     """
     turns = turns_of(tokenizer)
     if tokenizer.chat_template and not is_rendered(tokenizer, prompt):
@@ -413,7 +418,7 @@ def text_ids(tokenizer, text):
 def _ids_behind(tokenizer, text):
     """Ids of a text that goes on from another one.
 
-    SentencePiece puts a space before a text that stands alone: it is tokenised behind a newline.
+    SentencePiece puts a space before a text that stands alone: it is tokenised after a newline.
     """
     alone = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not alone or not tokenizer.convert_ids_to_tokens(alone[0]).startswith(("\u2581", "\u0120")):
@@ -441,8 +446,9 @@ def after_answer(tokenizer):
 
 
 def end_of_turn(tokenizer):
-    """Id that closes a completion: of `after_answer` the first special token, or an EOS that comes
-    right behind it; without a special token the only one that is not blank; else the EOS."""
+    """Id that closes a completion: the first special token of `after_answer`, or the EOS where that
+    is among the special tokens right after it; without a special token the only token that is not
+    blank; else the EOS."""
     return turns_of(tokenizer).end
 
 
@@ -460,9 +466,10 @@ def encode_answers(tokenizer, prompt, answers, ended=None):
     """A prompt and its answers (texts, or messages) -> prompt ids, list of completion ids.
 
     The template renders the whole conversation, which is tokenised once: a completion is what
-    follows the prompt's ids, through the end of turn. Where the tokens of the two run together, the
-    rest of the text is tokenised apart; where the rendering does not begin with the prompt's, or
-    has lost a part of the answer (a chain of thought), the answer itself is.
+    follows the prompt's ids, through the end of turn. Where a token spans the border between the
+    two, the text after the prompt is tokenised on its own. Where the rendering does not begin with
+    the prompt's, or has lost a part of the answer (a chain of thought), the answer's own text is
+    tokenised.
     ended: a bool for each answer, False where the policy was cut off and wrote no end.
     """
     turns = turns_of(tokenizer)
@@ -473,18 +480,18 @@ def encode_answers(tokenizer, prompt, answers, ended=None):
         answer = _without_end(tokenizer, given)
         has_end = ended is None or bool(ended[i])
         with_ending = has_end and turns.end in turns.ending_ids
-        whole = conversation_text(tokenizer, prompt, answer, with_ending)
-        rest = whole.removeprefix(begin)
-        if not whole.startswith(begin) or not _holds(rest, _text_of(answer), has_end):
+        text = conversation_text(tokenizer, prompt, answer, with_ending)
+        rest = text.removeprefix(begin)
+        if not text.startswith(begin) or not _holds(rest, _text_of(answer), has_end):
             row = _ids_behind(tokenizer, _behind_think(begin, _text_of(answer)))
             with_ending = False
         else:
-            row = text_ids(tokenizer, whole)
+            row = text_ids(tokenizer, text)
             if row[: len(prompt_ids)] == prompt_ids:
                 row = row[len(prompt_ids) :]
             else:
                 row = _ids_behind(tokenizer, rest)
-        if with_ending:  # without the newline that some templates put behind it
+        if with_ending:  # without the newline that some templates put after it
             row = row[: len(row) - row[::-1].index(turns.end)]
         elif has_end or not row:
             row = [*row, turns.end]
@@ -539,7 +546,7 @@ def encode_steps(tokenizer, prompt, steps, separator, close=None):
     The end of a step is the place, in the completion, of the last token of its separator. Steps are
     tokenised apart, so that no token belongs to two of them. Without a separator every token is a
     step, and one text has the ids of `encode_answers`.
-    close: ids to put after the last step; None: the end of turn.
+    close: ids to put after the last step, [] where it was cut off; None: the end of turn.
     """
     has_end = close is None
     if not separator and len(steps) == 1:
@@ -881,15 +888,16 @@ def generate(
     """Sample `num_generations` completions of each prompt (text or chat); temperature 0 is greedy.
 
     -> Batch on the model's device, R texts, ended (R,) bool: False where the tokens ran out.
-    batch_size: prompts at a time, to save memory; 0: all. With another one, or another number of
-    processes, a seed gives other samples.
+    batch_size: prompts at a time, to save memory; 0: all. Another batch size, or another number of
+    processes, gives other samples from the same seed.
+    top_p, top_k: no script has a flag for them, as `completion_logps` knows the temperature alone.
     The sampling values of the model's own generation_config are not used: the log-probs of training
     would not know of them. Raises ValueError where the logits are nan.
     """
     prompt_rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     number, count = process()
     mine = prompt_rows
-    if count > 1:  # neighbours, so that the order of all is that of the processes
+    if count > 1:  # neighbours, so that `gather` returns them in the order of the prompts
         places = torch.arange(len(prompts)).tensor_split(count)[number]
         mine = [prompt_rows[i] for i in places]
     size = batch_size or max(1, len(mine))

@@ -22,8 +22,11 @@ How the code departs from the print:
     4. A revision that was cut off, or is empty, is not taken: the answer before it stays.
     5. With --criticise-first the feedback model criticises both answers, and the request to compare
        them shows what it said. Bai et al. let it think before it chooses, too (chain of thought).
+    6. 13.2.2 takes the two answers from an earlier data set. Here they are sampled, unless the rows
+       bring them as `completions`.
 
-    python constitutional_ai.py                      # the toy: answers revised, in two minutes
+    python constitutional_ai.py                      # the toy: answers revised, in a minute
+    python constitutional_ai.py --stage compare --output-dir runs/feedback       # answers compared
     python constitutional_ai.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset prompts.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py, and pass --model and --dataset.
@@ -67,9 +70,9 @@ from plumbing import (
 class Args:
     model: str  # policy that answers the prompts: a folder, or a name on the hub
     dataset: str
-    """prompts, JSON Lines or owner/name:split on the hub: `prompt`; perhaps `answer`, which is used
-    for the table at the end alone; with --stage compare perhaps `completions`, two answers to
-    compare in place of sampled ones"""
+    """prompts, JSON Lines or owner/name:split on the hub: `prompt`; perhaps `answer`, which metrics
+    and tables alone use; with --stage compare perhaps `completions`, two answers to compare in
+    place of sampled ones"""
     stage: Literal["revise", "compare"] = "revise"
     """revise: answer, then criticise and revise the answer, which gives rows for sft.py; compare:
     two answers and the probability that the first is better, which gives rows for rm_bt.py"""
@@ -80,8 +83,7 @@ class Args:
     """text file with one principle per line; if empty, the eight principles in this file"""
 
     output_dir: str = "runs/constitutional_ai"  # folder for the rows, metrics and checkpoint
-    resume: bool = False
-    """continue from --output-dir, with the same flags; nothing is written again"""
+    resume: bool = False  # continue from the checkpoint in --output-dir, with the same flags
     overwrite: bool = False  # replace the run in --output-dir
     seed: int = 0  # seed for shuffling and sampling
     device: str = "auto"  # torch device; auto: cuda if there is one, else mps, else cpu
@@ -137,10 +139,10 @@ def draw_for_comparison(principles, num_principles, seed):
 
 
 def feedback_probability(letter_logps):
-    """Log-probs of the letters (..., K principles, 2 orders, 2 letters) -> soft labels (...).
+    """Log-probs of the letters, nats (..., K principles, 2 orders, 2 letters) -> soft labels (...).
 
     Book 13.2.2: the feedback model's probability that the first answer is the better one, p(A) out
-    of p(A) + p(B), in nats. In order 0 the first answer is (A), in order 1 it is (B). The label is
+    of p(A) + p(B). In order 0 the first answer is (A), in order 1 it is (B). The label is
     the mean over the orders, in which a liking for one letter cancels, and over the principles.
     """
     p_letter_a = letter_logps.softmax(-1)[..., 0]  # (..., K, 2)
@@ -233,7 +235,7 @@ def conversation_as_text(prompt):
 
 
 def is_right(text, row):
-    """Whether the last number of a text is the row's `answer`; only the table looks at it."""
+    """Whether the last number of a text is the row's `answer`; only metrics and tables use it."""
     return last_number(text) == last_number(str(row["answer"]))
 
 
@@ -296,7 +298,6 @@ def write(asked, prompts, max_new_tokens, temperature):
     return texts, ended
 
 
-@torch.no_grad()
 def letter_logps(asked, requests, batch_size):
     """Log-probs of (A) and of (B) as the beginning of the reply to each request -> (N, 2), nats."""
     model, tokenizer = asked
@@ -331,6 +332,7 @@ def extend_chains(critic, chains, principles, args):
     critiques, _ = write(critic, requests, *sampling)
     requests = []
     for chain, principle, critique in zip(chains, principles, critiques, strict=True):
+        # Without room for a critique there is none for the revision: its request is longer
         texts = (chain["completion"], principle, critique or "")
         requests.append(revision_request(chain["prompt"], *texts))
     revisions, ended = write(critic, requests, *sampling)
@@ -513,6 +515,7 @@ def compare(critic, rows, pairs, ended, drawn, args):
         if entry["outcome"] != "compared":
             continue
         of_pair = pair_requests(entry)
+        # "(A)" has at most as many tokens as characters
         if all(has_room(critic, request, len(LETTERS[0])) for request in of_pair):
             requests += of_pair
             labelled.append(entry)

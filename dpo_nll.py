@@ -134,7 +134,7 @@ class Args:
     its reference; 0: train on the pairs of --dataset"""
     num_prompts: int = 1024  # prompts sampled from per iteration
     num_generations: int = 8  # completions sampled per prompt (Pang et al.: 30)
-    num_pairs: int = 1024  # pairs made of them, a better and a worse completion of one prompt each
+    num_pairs: int = 1024  # pairs per iteration, each of a better and a worse completion
     max_new_tokens: int = 256  # longest completion that is sampled, in tokens
     temperature: float = 1.0  # temperature of sampling (Pang et al.: 0.8)
 
@@ -372,6 +372,7 @@ def sample_pairs(policy, tokenizer, score, rows, args):
     draw = random.Random(args.seed)
     while len(pairs) < args.num_pairs:
         prompt, group = usable[len(pairs) % len(usable)]
+        # By reward: two of equal reward are skipped below
         worse, better = sorted(draw.sample(group, 2))
         low, rejected, rejected_ended = worse
         high, chosen, chosen_ended = better
@@ -502,15 +503,15 @@ def main(args: Args):
     tokenizer = load_tokenizer(args.model)
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
     score = load_reward(args.reward, verifier, *model_options, shard=args.shard)
-    load_again = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
-    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
+    load_options = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
+    policy = load_model(*load_options, args.gradient_checkpointing, args.lora_rank)
     max_length = min(args.max_length, policy.context)
     rows, pairs, eval_pairs, eval_rows = load_data(args, tokenizer, policy, max_length)
     check_args(args, pairs)
     policy.context = max_length  # what is sampled must fit in training, too
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     num_pairs = args.num_pairs if args.iterations else len(pairs)
-    ref = None if args.precompute_ref else hold_as_computed(load_model(*load_again))
+    ref = None if args.precompute_ref else hold_as_computed(load_model(*load_options))
     steps_per_iteration = count_steps(num_pairs * args.num_epochs, args)
     num_steps = steps_per_iteration * max(1, args.iterations)
     lr = args.learning_rate
@@ -528,7 +529,7 @@ def main(args: Args):
     def report():
         if not eval_pairs and not eval_rows:
             return
-        start_model = reference_of(policy) or hold_as_computed(load_model(*load_again))
+        start_model = reference_of(policy) or hold_as_computed(load_model(*load_options))
         metrics = {}
         if eval_pairs:
             logps = all_logps(policy, tokenizer, eval_pairs, max_length, args)
@@ -537,12 +538,12 @@ def main(args: Args):
             metrics["eval_pair_accuracy"] = pair_accuracy(delta)
             metrics["eval_margin"] = reward_scale * delta.mean()
         if eval_rows:
-            how = (args.max_new_tokens, args.batch_size)
-            values, texts = greedy_rewards(policy, tokenizer, score, eval_rows, *how)
+            sizes = (args.max_new_tokens, args.batch_size)
+            values, texts = greedy_rewards(policy, tokenizer, score, eval_rows, *sizes)
             torch.manual_seed(args.seed)
             prompts = [row["prompt"] for row in eval_rows]
-            how = (args.max_new_tokens, args.micro_batch_size)
-            kl, _ = kl_from_start(policy, start_model, tokenizer, prompts, *how)
+            sizes = (args.max_new_tokens, args.micro_batch_size)
+            kl, _ = kl_from_start(policy, start_model, tokenizer, prompts, *sizes)
             name = "eval_accuracy" if is_verified(args) else "eval_reward"
             metrics[name] = sum(values) / len(values)
             metrics["eval_kl"] = kl.mean()
@@ -580,18 +581,18 @@ def main(args: Args):
         logps = torch.zeros_like(ref_logps)
         for mb in deal_out(batch.split(args.micro_batch_size, whole_prompts=True), args.shard):
             part = batch.rows(mb)
-            pair = batch.prompt_of[mb][::2]  # indices of the pairs: chosen and rejected alternate
+            places = batch.prompt_of[mb][::2]  # of the pairs: chosen and rejected alternate
             token_logps = completion_logps(policy, part, 1.0, args.share_prompts)
             mask = part.completion_mask
             mb_logps = sequence_logps(token_logps, mask, args.normalize_length).view(-1, 2)
-            four = (mb_logps[:, 0], mb_logps[:, 1], ref_logps[pair, 0], ref_logps[pair, 1])
-            mb_loss = pair_loss(four, args, *labels[pair].T)
+            four = (mb_logps[:, 0], mb_logps[:, 1], ref_logps[places, 0], ref_logps[places, 1])
+            mb_loss = pair_loss(four, args, *labels[places].T)
             mb_nll = nll_loss(token_logps[::2], mask[::2])
-            share = len(pair) / len(drawn)
+            share = len(places) / len(drawn)
             mb_loss = dpo_nll_loss(mb_loss, mb_nll, args.alpha) * share
             mb_loss.backward()
             totals += torch.stack([mb_loss.detach(), mb_nll.detach() * share])
-            logps[pair] = mb_logps.detach()
+            logps[places] = mb_logps.detach()
         loss, nll = add_up(totals).tolist()
         add_up(logps)
         add_up_gradients(policy)

@@ -12,7 +12,8 @@ and chapter 8 as chapter 15):
     grpo_loss             11.1.5 the objective, 11.2.3 the code, 11.2.2.1 eq. 11
     gspo_loss             one ratio per completion (Zheng et al. 2025, GSPO, arXiv:2507.18071)
     cispo_loss            a clipped weight of log pi (MiniMax-M1, CISPO, arXiv:2506.13585)
-    groups_with_signal    dynamic sampling (DAPO, arXiv:2503.14476); the draft has none of these 3
+    groups_with_signal    dynamic sampling (DAPO, arXiv:2503.14476)
+                          (the draft has neither this nor the two losses above it)
     kl_estimate           8.1, in common.py: its three forms and their gradients
     clip_frac, approx_kl  11.4; 11.2.3, the code; logged by main
 
@@ -270,8 +271,9 @@ def grpo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_e
 def gspo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_eps_high, beta, kl):
     """As `grpo_loss`, with one ratio per completion (GSPO, Zheng et al. 2025, arXiv:2507.18071).
 
-    s = exp(mean over the completion's tokens of log pi - log pi_old), eq. 7, in place of the ratio
-    of each token; where it is clipped, the whole completion is. With --aggregate sequence, eq. 5.
+    s = exp(mean over the completion's tokens of log pi - log pi_old), the paper's eq. 7, in place
+    of the ratio of each token; where it is clipped, the whole completion is. With --aggregate
+    sequence the loss is the paper's eq. 5.
     The weights must be 0 in padding, and nowhere else.
     """
     log_ratio = masked_mean(logps - old_logps, weights > 0, dim=1)
@@ -285,10 +287,10 @@ def gspo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_e
 def cispo_loss(logps, old_logps, ref_logps, advantages, weights, clip_eps, clip_eps_high, beta, kl):
     """As `grpo_loss`: the ratio only weighs log pi (CISPO, MiniMax-M1 2025, arXiv:2506.13585).
 
-    Per token: -sg(min(ratio, 1 + eps_high)) A log pi + beta KL, where sg stops the gradient: at the
-    ratio 1 that of `grpo_loss`. A clipped token keeps its gradient, which `grpo_loss` takes from
-    it. The authors set their lower bound so low that it never binds; here is none, and clip_eps is
-    not used.
+    Per token: -sg(min(ratio, 1 + eps_high)) A log pi + beta KL, where sg stops the gradient. Where
+    the ratio is 1, the gradient is that of `grpo_loss`. A clipped token keeps its gradient here,
+    and loses it in `grpo_loss`. The authors set their lower bound so low that it never binds; here
+    there is none, and clip_eps, which all three losses are given, is not used.
     """
     ratio = torch.exp(logps - old_logps).detach()
     weight = ratio.clamp(max=1 + clip_eps_high)
@@ -303,7 +305,7 @@ LOSSES = {"grpo": grpo_loss, "gspo": gspo_loss, "cispo": cispo_loss}
 
 def groups_with_signal(scores, num_generations, num_groups):
     """Rewards (R,), prompt-major -> long (num_groups * G,): the completions of the first groups
-    whose rewards are not all equal. DAPO (Yu et al. 2025, arXiv:2503.14476), eq. 11.
+    whose rewards are not all equal. DAPO (Yu et al. 2025, arXiv:2503.14476, its eq. 11).
 
     Where there are fewer such groups, the first of the others fill them up: a batch keeps its size,
     and a token its weight. They have no advantage, and move the policy by the KL alone. DAPO
@@ -364,7 +366,7 @@ def step_ends(ids, separator, decode):
         if step.strip():
             place = bisect.bisect_left(range(len(ids)), end, key=characters)
             ends.append(min(place, len(ids) - 1))
-    if steps[-1].strip():  # what has no separator behind it ends with the completion
+    if steps[-1].strip():  # what has no separator after it ends with the completion
         ends.append(len(ids) - 1)
     return ends
 
@@ -440,6 +442,13 @@ def check_args(args, num_rows):
         stop("--oversample compares one number per completion: not with --supervision process")
 
 
+def load_reference(policy, load_options, args):
+    """The model that the KL is measured from: the policy as it began; None with --beta 0."""
+    if not args.beta:
+        return None
+    return reference_of(policy) or hold_as_computed(load_model(*load_options))
+
+
 def main(args: Args):
     # A shell passes \n as two characters
     args.step_separator = args.step_separator.replace("\\n", "\n")
@@ -456,13 +465,13 @@ def main(args: Args):
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
     score = load_reward(args.reward, verifier, *model_options, by_step, args.shard)
     tokenizer = load_tokenizer(args.model)
-    load_again = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
-    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
-    ref = (reference_of(policy) or hold_as_computed(load_model(*load_again))) if args.beta else None
+    load_options = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
+    policy = load_model(*load_options, args.gradient_checkpointing, args.lora_rank)
+    ref = load_reference(policy, load_options, args)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     lr = args.learning_rate
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions
+    updates = args.num_epochs * args.num_minibatches  # gradient steps per step of the loop
     scheduler = get_scheduler(args.lr_schedule, optimizer, 0, args.num_steps * updates)
     run.begin({"policy": policy, "optimizer": optimizer, "scheduler": scheduler}, args.num_steps)
     run.describe(policy, len(rows), len(eval_rows), f"{P} prompts x {G} completions")
@@ -482,8 +491,8 @@ def main(args: Args):
         batch, texts, ended = generate(policy, tokenizer, asked, G, args.max_new_tokens, **sampling)
         row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
-        values = score(prompts, texts, row_of_each)
-        scores = one_number(values).to(device)
+        returned = score(prompts, texts, row_of_each)
+        scores = one_number(returned).to(device)
         if args.missing_eos_penalty is not None:
             scores[~ended] = -args.missing_eos_penalty
         kept = groups_with_signal(scores, G, P)  # all, without --oversample
@@ -503,7 +512,7 @@ def main(args: Args):
 
         # 3. Advantages of the tokens (R, T)
         if by_step:
-            step_rewards, ends = process_rewards(values, batch, tokenizer, args.step_separator)
+            step_rewards, ends = process_rewards(returned, batch, tokenizer, args.step_separator)
             advantages = process_advantages(step_rewards, ends, T, G, args.scale_by_std)
         else:
             advantages = group_advantages(scores[kept], G, args.scale_by_std)
@@ -552,7 +561,7 @@ def main(args: Args):
         if has_gold:
             metrics["gold_reward"] = torch.tensor(verifier(prompts, texts, row_of_each)).mean()
         run.log(metrics, "reward", "gold_reward", "kl", "completion_length")
-        shown = values if by_step else scores.tolist()
+        shown = returned if by_step else scores.tolist()
         run.samples(prompts[::G], texts[::G], shown[::G])
         if step % args.eval_every == 0 or step == args.num_steps:
             report()

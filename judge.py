@@ -21,7 +21,7 @@ The draft prints a prompt and no formula here. Choices it leaves open:
     4. AlpacaEval's correction has more terms (the model, the difficulty of the prompt); here it is
        the difference of lengths alone.
 
-    python judge.py                    # the toy's judge on labelled pairs, in half a minute
+    python judge.py                    # the toy's judge on labelled pairs, in some seconds
     python judge.py --contestants toy/model,runs/grpo/final --dataset toy/problems_test.jsonl
     python judge.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset preferences.jsonl
 
@@ -92,8 +92,10 @@ class Args:
     max_explanation_tokens: int = 512  # longest explanation with its verdict, in tokens
     judge_temperature: float = 0.0  # temperature of the explanations; 0: greedy (MT-Bench: 0)
     max_new_tokens: int = 256  # longest answer of a policy among --contestants, in tokens
-    temperature: float = 0.0  # temperature of these answers; 0: greedy
-    batch_size: int = 16  # pairs per step, each shown in both orders; changes memory and time only
+    temperature: float = 0.0  # temperature of the answers of --contestants; 0: greedy
+    batch_size: int = 16
+    """pairs per step, each shown in both orders, and answers sampled at a time; texts sampled at a
+    temperature above 0 change with it"""
 
     num_resamples: int = 1000  # draws of the bootstrap that the intervals are made of
     checkpoint_every: int = 10  # steps between checkpoints
@@ -135,8 +137,8 @@ ENDINGS = {
 def parse_verdict(text):
     """The verdict of a judge's text -> "A", "B", "C" (a tie), or None where there is none.
 
-    Read is the last line with a mark [[A]], [[B]] or [[C]]. Where it has two different ones, or no
-    line has one, there is no verdict, and none is guessed. Book 7.8.
+    It is in the last line with a mark [[A]], [[B]] or [[C]]. Where that line has two different
+    marks, or no line has one, there is no verdict, and none is guessed. Book 7.8.
     """
     for line in reversed(text.splitlines()):
         marks = set(re.findall(r"\[\[ ?([ABC]) ?\]\]", line))
@@ -271,7 +273,7 @@ def bootstrap_interval(statistic, prompt_of, num_resamples, seed, level=0.95):
 # --- The task: change this for your own -----------------------------------------------------------
 
 
-def question_text(prompt):
+def conversation_as_text(prompt):
     """A prompt (a text or a list of chat messages) as the judge reads it."""
     if isinstance(prompt, str):
         return prompt
@@ -283,7 +285,7 @@ def question_text(prompt):
 def judge_prompt(template, prompt, answer_a, answer_b):
     """The template with its fields filled, book 7.8; what looks like a field in a text stays as it
     is."""
-    texts = {"question": question_text(prompt), "answer_a": answer_a, "answer_b": answer_b}
+    texts = {"question": conversation_as_text(prompt), "answer_a": answer_a, "answer_b": answer_b}
     return re.sub(r"\{(question|answer_a|answer_b)\}", lambda found: texts[found[1]], template)
 
 
@@ -431,7 +433,7 @@ def verdict_logits(judge, tokenizer, prompts):
     Where the second is near 0 the judge would write something else, and the first says little.
     """
     answers = [["[[A]]", "[[B]]"] for _ in prompts]
-    cut_off = [False] * (2 * len(prompts))  # what would come behind the verdict does not matter
+    cut_off = [False] * (2 * len(prompts))  # what would come after the verdict does not matter
     batch = encode(tokenizer, prompts, answers, None, cut_off).to(judge.device)
     logps = fixed_logps(judge, batch, 1.0, len(cut_off)).sum(1).view(-1, 2).double().cpu()
     return (logps[:, 0] - logps[:, 1]).sigmoid(), logps.exp().sum(1)

@@ -1,8 +1,9 @@
-"""What every script needs and no chapter explains: flags, rows, models, rewards, a run's folder.
+"""What the scripts share beside common.py: flags, rows, models, rewards, a run's folder.
 
-It imports common.py, and the scripts import from both by name. Nothing here knows what a loss is
-made of. A mistake of the user is raised as ValueError, by whoever sees it, and becomes one line and
-an exit code in `run_script`.
+It imports common.py, and the scripts import from both by name. No loss is here. Of the book it has
+what reads a saved reward model: `positive_probs` and `solution_score` (7.6), `_step_logits`
+(10.2.4.1). A mistake of the user is raised as ValueError where it is noticed, and becomes one line
+and an exit code in `run_script`.
 """
 
 import ast
@@ -184,7 +185,7 @@ def is_first():
 
 
 def from_first(value):
-    """The first process's value, in all of them; it is sent, so it must be one that is pickled."""
+    """The first process's value, in all of them; it is sent, so it must be picklable."""
     if process()[1] == 1:
         return value
     values = [value]
@@ -217,7 +218,8 @@ HEADINGS = {
 }
 
 
-# Smallest and largest sensible value; of other numbers it is 0, or 1 where something is counted
+# Smallest and largest value of these flags. All other numbers begin at 0, or at 1 where something
+# is counted (COUNTS), and have no largest value.
 RANGES = {
     "seed": (0, 2**63 - 1),
     "learning_rate": (0, 1),
@@ -280,7 +282,7 @@ def parse_args(Args, toy):
         defaults |= {"model": toy["model"], "dataset": toy["dataset"]}
     elif "--model" not in given:
         defaults |= toy_values
-    lines = ["Without --model the script trains the toy, with these values for the defaults below:"]
+    lines = ["Without --model the toy is used, with these values for the defaults below:"]
     for name, value in toy.items():
         lines.append(f"  --{name.replace('_', '-')} {value}")
     grouped = tyro.cli(_grouped(Args, defaults), description="\n".join(lines))
@@ -315,7 +317,7 @@ def _grouped(Args, defaults):
 
 
 def _help_texts(Args):
-    """{flag: help}: the comment behind a field of Args, or the text beneath it."""
+    """{flag: help}: the comment after a field of Args, or the text beneath it."""
     source = inspect.getsource(Args)
     lines = source.splitlines()
     help_texts = {}
@@ -482,13 +484,11 @@ def _with_system(chat, name, system, tools, where):
 
 def _warn_of_odd_rows(rows, path):
     """Say what can be trained on, and is seldom meant."""
-    odd = {
-        "a margin below 0, by which the rejected answer may win": 0,
-        "a score_chosen below score_rejected": 0,
-        "a prompt that ends with a turn of the assistant": 0,
-        "a turn whose role is not user, assistant, system or tool": 0,
-    }
-    negative, reversed_scores, answered, unknown = odd
+    negative = "a margin below 0, by which the rejected answer may win"
+    reversed_scores = "a score_chosen below score_rejected"
+    answered = "a prompt that ends with a turn of the assistant"
+    unknown = "a turn whose role is not user, assistant, system or tool"
+    odd = dict.fromkeys((negative, reversed_scores, answered, unknown), 0)
     for row in rows:
         scores = (row.get("score_chosen"), row.get("score_rejected"))
         are_numbers = all(isinstance(score, int | float) for score in scores)
@@ -658,10 +658,11 @@ def has_answers(rows):
 
 
 def with_ended(rows, ended, batch=None, tokenizer=None):
-    """Add what rewards read to R rows: `ended`, False where a completion was cut off; and `raw`.
+    """Rows -> R rows as rewards read them: with `ended`, False where one was cut off, and `raw`.
 
-    batch: the completions. Then the rows are those of its P prompts, and are repeated for each
-    completion; `raw` is the text of the completion with its special tokens.
+    batch: the completions. `rows` are then those of its P prompts, each of which is repeated for
+    its completions; `raw` is the text of a completion with its special tokens. Without a batch
+    there are R rows already, and they get no `raw`.
     """
     if batch is None:
         return [row | {"ended": end} for row, end in zip(rows, ended.tolist(), strict=True)]
@@ -900,7 +901,7 @@ def _check_loaded(model, lost, path):
 
 @torch.no_grad()
 def _probe(model, path):
-    """Stop at a model whose logits would be wrong here: three tiny forwards tell.
+    """Stop at a model whose logits would be wrong here: a few tiny forward passes tell.
 
     The logits of a token must not depend on padding before the text, on whether earlier tokens come
     from the cache, or on later tokens.
@@ -947,10 +948,10 @@ def hold_as_computed(model):
     """Keep the weights of linear layers in the dtype in which they are multiplied -> the model.
 
     For models that are never trained. Autocast rounds these weights to bfloat16 in each forward
-    pass: rounded once, they give the same bits in half the memory, and no copy is made. float32
-    stay all others: embeddings, an output layer that shares theirs, norms, experts in one tensor,
-    and the head of a reward model, which is computed in float32. Without autocast all do, and in a
-    sharded model, where the tensors that are gathered together have one dtype.
+    pass: rounded once, they give the same bits in half the memory, and no copy is made. All others
+    stay float32: embeddings, an output layer that shares theirs, norms, experts in one tensor, and
+    the head of a reward model, which is computed in float32. Without autocast all weights do, and
+    so do those of a sharded model, where tensors that are gathered together need one dtype.
     """
     if model.autocast_dtype is None or getattr(model, "sharded", False):
         return model
@@ -1076,9 +1077,9 @@ def _check_lora(args):
 def _add_adapters(model, path, rank):
     """Freeze a model and put an adapter on each linear layer of its backbone; rank 0: leave it.
 
-    B begins at 0: the model computes what it did. Trained are the adapters, in float32, and the
-    head of a reward model or critic, not that of a language model. Where the forward pass is in
-    bfloat16, frozen linear layers are held in it: autocast would round them in each pass.
+    B begins at 0: the model computes what it did. The adapters are trained, in float32, and so is
+    the head of a reward model or critic, but not that of a language model. Where the forward pass
+    is in bfloat16, frozen linear layers are kept in it: autocast would round them in each pass.
     """
     if not rank:
         return
@@ -1233,10 +1234,10 @@ NUMBER = re.compile(
 def last_number(text):
     """The last number of a text, exact -> Fraction, or None where there is none or it is unclear.
 
-    Read are signs (also in Unicode), thousands, decimals, exponents, fractions, currencies, units:
-    "-1,234.50", ".5", "1.5e3", "2 x 10^3", "3/4", "$5", "12 cm", "50%" (50). A hyphen behind a word
-    or a number is no minus ("10-12" ends with 12). Digits within a word ("m2", "H2O") are none.
-    Unclear is a number that goes on into another one ("3,5", "10:30", "2^10", "1.2.3").
+    It reads signs (also in Unicode), thousands, decimals, exponents, fractions, currencies, units:
+    "-1,234.50", ".5", "1.5e3", "2 x 10^3", "3/4", "$5", "12 cm", "50%" (50). A hyphen after a word
+    or a number is no minus ("10-12" ends with 12). Digits within a word ("m2", "H2O") do not count.
+    A number that runs on into another one is unclear ("3,5", "10:30", "2^10", "1.2.3").
     """
     text = _simplify(text)
     last = None
@@ -1302,7 +1303,7 @@ def _is_in_word(text, start):
     if before.endswith("^"):
         return before[-2:-1].isalpha()
     is_code = re.search(r"(?<![A-Za-z])[A-Z]{3}\Z", before)
-    # Chinese and Japanese write digits straight behind words
+    # Chinese and Japanese write digits straight after words
     is_letter = re.search(r"[A-Za-z\u00c0-\u024f\u0370-\u052f]\Z", before)
     return bool(is_letter) and not is_code
 
@@ -1539,7 +1540,7 @@ def _foreign_reward(path, model, micro_batch_size):
     tokenizer = load_tokenizer(path, needs_eos=False)
     room = min(model.context, tokenizer.model_max_length)
     first_position = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
-    if first_position is not None:  # RoBERTa counts positions from behind this one
+    if first_position is not None:  # RoBERTa counts positions from the one after this
         room = min(model.context - first_position - 1, tokenizer.model_max_length)
     pad_id = model.config.get_text_config().pad_token_id
     if pad_id is not None and not 0 <= pad_id < len(model.get_input_embeddings().weight):
@@ -1584,8 +1585,8 @@ def _foreign_inputs(tokenizer, model, prompt, text, ended):
     of texts, other models one text with an EOS, where that is not the pad token.
     """
     if tokenizer.chat_template or not isinstance(prompt, str):
-        whole = conversation_text(tokenizer, prompt, text, ended)
-        return {"input_ids": tokenizer(whole, add_special_tokens=False)["input_ids"]}
+        conversation = conversation_text(tokenizer, prompt, text, ended)
+        return {"input_ids": tokenizer(conversation, add_special_tokens=False)["input_ids"]}
     if hasattr(model, "score"):  # the head of models that read from left to right
         ids = text_ids(tokenizer, prompt + text)
         eos = tokenizer.eos_token_id
@@ -1734,7 +1735,7 @@ LOGS = (  # they grow from step to step
 )  # fmt: skip
 RUN_FILES = (
     *LOGS, "args.json", "curves.png", "reward_histogram.png", "best_of_n.png", "checkpoint",
-    "final", "critic", "control", "pairs", "candidates", "answers.jsonl", "preferences.jsonl",
+    "final", "critic", "pairs", "candidates", "answers.jsonl", "preferences.jsonl",
     "results.jsonl", "sft.jsonl", "revisions.jsonl",
 )  # fmt: skip
 BEFORE_A_START = {"args.json", "args.json.new", "lock"}  # what a start that failed may leave

@@ -10,6 +10,7 @@ and chapter 8 as chapter 15):
     token_rewards         8.1, the KL in the reward, eq. 8 (kl_estimate is in common.py)
     gae                   11.1.4, 11.2.2, advantages (Schulman et al. 2015, arXiv:1506.02438);
                           the draft's section 11.1.4.1 on it is an empty heading
+    whiten                11.2.2, advantages normalised, here over completion tokens alone
     ppo_policy_loss       11.2.2 the code, 11.2.2.1 eq. 11 (11.1.4 prints no objective)
     ppo_value_loss        11.2.2
     ptx_loss              8.2, pretraining gradients
@@ -22,8 +23,8 @@ How the code departs from the print:
        policy that generated the completions.
     2. 11.2.2 uses reward - value as the advantage and regresses the value on the reward (no GAE, no
        returns), unsqueezes a (B, L) tensor to (B, 1, L), normalises over padding, and averages per
-       completion. Here: GAE, returns, and one mean over all completion tokens. The clip of
-       the value is from the authors' PPO code, not from 11.2.
+       completion. Here: GAE, returns, and one mean over all completion tokens. The clip of the
+       value is not in 11.2; it is from OpenAI's own code of PPO (Baselines).
     3. 11.2.2 has (difference)^2 / 2 for approx_kl. Here it is k3, which is unbiased.
     4. The value of token t is read before it: a baseline that has seen the token is biased.
     5. 8.2 calls the weight of the pretraining loss gamma. Here it is --ptx-coef, and gamma is the
@@ -31,7 +32,7 @@ How the code departs from the print:
     6. 11.2 scores only completions that reach an EOS, and leaves open what the others get. Here
        they get minus --missing-eos-penalty (N+), and GAE treats the cut as an end, too.
 
-    python ppo.py                                                      # the toy, in 3 minutes
+    python ppo.py                                                      # the toy, in two minutes
     python ppo.py --model HuggingFaceTB/SmolLM2-135M-Instruct --dataset math.jsonl
 
 To use it elsewhere, copy this file, common.py and plumbing.py, and pass --model and --dataset.
@@ -127,8 +128,8 @@ class Args:
     """the reward of a completion that hits --max-new-tokens is set to minus this value (N+: 1);
     None: score it like any other"""
     critic_model: str = ""
-    """folder the critic starts from; if empty, --reward-model, or else the policy with a head of
-    zeros"""
+    """folder or hub name that the critic starts from; if empty, --reward-model, or else the policy
+    with a head of zeros"""
 
     num_steps: int = 200  # number of steps, each on new completions
     num_prompts: int = 64  # P, prompts per step (N+: 512)
@@ -167,7 +168,7 @@ class Args:
     kl_target: float = 0.0
     """KL in nats per completion at which beta aims (Ziegler et al.: 6); 0: beta is fixed"""
     kl_horizon: float = 10000.0
-    """beta changes by about 20 % at most in so many completions (Ziegler et al.: 10000)"""
+    """beta changes by at most about 20 % in this many completions (Ziegler et al.: 10000)"""
     pretrain_dataset: str = ""  # JSON Lines with `text`, for --ptx-coef
     ptx_coef: float = 0.0
     """weight of the pretraining loss (8.2), a mean over tokens (InstructGPT: 27.8, with sums)"""
@@ -379,11 +380,12 @@ def encode_texts(tokenizer, texts, max_length):
 
 
 def add_ptx_grad(policy, tokenizer, texts, args, seed):
-    """Add the gradient of the pretraining loss on --ptx-batch-size texts by chance -> loss."""
+    """Add the gradient of the pretraining loss on --ptx-batch-size random texts -> loss."""
     drawn = random.Random(seed).choices(texts, k=args.ptx_batch_size)
     batch = encode_texts(tokenizer, drawn, args.max_new_tokens).to(policy.device)
     num_tokens = batch.completion_mask.sum()
     loss = torch.zeros((), device=policy.device)
+    # One micro-batch, or with several processes one for each
     for mb in deal_out(batch.split(args.ptx_batch_size), args.shard):
         part = batch.rows(mb)
         share = part.completion_mask.sum() / num_tokens
@@ -457,6 +459,13 @@ def check_args(args, num_rows):
         stop(f"--num-minibatches {args.num_minibatches}: more than there are completions in a step")
 
 
+def load_reference(policy, load_options, args):
+    """The model that the KL is measured from: the policy as it began; None with --beta 0."""
+    if not args.beta:
+        return None
+    return reference_of(policy) or hold_as_computed(load_model(*load_options))
+
+
 def main(args: Args):
     run = Run(args)
     torch.manual_seed(args.seed)
@@ -471,12 +480,12 @@ def main(args: Args):
     score = load_reward(args.reward, verifier, *model_options, shard=args.shard)
     tokenizer = load_tokenizer(args.model)
     pretrain_texts = load_texts(args, tokenizer)
-    load_again = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
-    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
-    ref = (reference_of(policy) or hold_as_computed(load_model(*load_again))) if args.beta else None
+    load_options = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
+    policy = load_model(*load_options, args.gradient_checkpointing, args.lora_rank)
+    ref = load_reference(policy, load_options, args)
     critic = load_critic(args, tokenizer, device)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
-    updates = args.num_epochs * args.num_minibatches  # gradient steps on the same completions
+    updates = args.num_epochs * args.num_minibatches  # gradient steps per step of the loop
     optimizer, scheduler = make_optimizer(policy, args.learning_rate, args, args.critic_warmup)
     critic_optimizer, critic_scheduler = make_optimizer(critic, args.critic_learning_rate, args)
     controller = AdaptiveKLController(args.beta, args.kl_target, args.kl_horizon)
@@ -499,15 +508,15 @@ def main(args: Args):
         batch, texts, ended = generate(policy, tokenizer, asked, G, args.max_new_tokens, **sampling)
         row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
-        values = score(prompts, texts, row_of_each)
-        scores = one_number(values).to(device)
+        returned = score(prompts, texts, row_of_each)
+        scores = one_number(returned).to(device)
         if args.missing_eos_penalty is not None:
             scores[~ended] = -args.missing_eos_penalty
         mask = batch.completion_mask
         R, T = mask.shape
 
         # 2. Log-probs under the reference, and under the policy that sampled. With one gradient
-        #    step and no KL the latter are the training forward's own values (eq. 11).
+        #    step and --beta 0 the latter come from the training pass below (eq. 11): no extra pass.
         is_warmup = step <= args.critic_warmup  # in which the policy stands still
         ref_logps = torch.zeros(R, T, device=device)
         policy_logps = torch.zeros(R, T, device=device)

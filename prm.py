@@ -403,7 +403,7 @@ def step_logits(model, examples, args):
 
 
 def evaluate(model, examples, how, args):
-    """-> held-out metrics, scores and outcomes of the examples (N,), these nan where not known."""
+    """-> held-out metrics; scores of the examples (N,); outcomes (N,), nan where not known."""
     logits = step_logits(model, examples, args)
     _, ends, labels, outcomes = collate(examples)
     is_step = ends >= 0
@@ -421,6 +421,7 @@ def evaluate(model, examples, how, args):
         metrics["eval_loss"] = orm_loss(logits[..., 0], is_step, outcomes)
         metrics["eval_accuracy"] = ((scores > 0.5) == outcomes).float().mean()
         return metrics, scores, outcomes
+    # `logits` are those of the steps alone: step i stands at place i, not at its token
     places = torch.arange(ends.shape[1]).masked_fill(~is_step, -1)
     targets = step_labels(labels, places, logits.shape[1], logits.shape[2])
     predicted = logits.argmax(-1)

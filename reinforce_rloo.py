@@ -165,7 +165,8 @@ TOY = dict(
 def rloo_advantages(rewards, num_generations):
     """Rewards (R,) of completions, prompt-major -> advantages (R,). Book 11.1.3.
 
-    A_i = r_i - mean_{j != i} r_j over the completions of the same prompt.
+    A_i = r_i - mean_{j != i} r_j over the completions of the same prompt: G / (G - 1) times r_i
+    less the mean of all G.
     """
     groups = rewards.view(-1, num_generations)  # (P, G)
     mean_of_others = (groups.sum(1, keepdim=True) - groups) / (num_generations - 1)
@@ -195,7 +196,8 @@ def baseline_advantages(rewards, num_generations, baseline, moving=0.0, greedy=N
 def reward_to_go(advantages, mask, gamma):
     """Advantages (R,) of completions -> those of their tokens (R, T), 0 in padding. Book 11.1.
 
-    G_t = sum_k gamma^k r_{t+k}. Only the last token has a reward: gamma^(tokens after t) r.
+    G_t = sum_k gamma^k r_{t+k}. Only the last token has a reward: gamma^(tokens after t) r. Here
+    r is the advantage: the completion's reward less its baseline.
     """
     tokens_after = mask.sum(1, keepdim=True) - mask.cumsum(1)
     return advantages[:, None] * gamma**tokens_after * mask
@@ -249,6 +251,13 @@ def check_args(args):
         )
 
 
+def load_reference(policy, load_options, args):
+    """The model that the KL is measured from: the policy as it began; None with --beta 0."""
+    if not args.beta:
+        return None
+    return reference_of(policy) or hold_as_computed(load_model(*load_options))
+
+
 def main(args: Args):
     run = Run(args)
     torch.manual_seed(args.seed)
@@ -262,9 +271,9 @@ def main(args: Args):
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
     score = load_reward(args.reward, verifier, *model_options, shard=args.shard)
     tokenizer = load_tokenizer(args.model)
-    load_again = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
-    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
-    ref = (reference_of(policy) or hold_as_computed(load_model(*load_again))) if args.beta else None
+    load_options = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
+    policy = load_model(*load_options, args.gradient_checkpointing, args.lora_rank)
+    ref = load_reference(policy, load_options, args)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     lr = args.learning_rate
     optimizer = torch.optim.AdamW(policy.parameters(), lr=lr, weight_decay=0.0, fused=True)
@@ -288,8 +297,8 @@ def main(args: Args):
         batch, texts, ended = generate(policy, tokenizer, asked, G, args.max_new_tokens, **sampling)
         row_of_each = with_ended(drawn, ended, batch, tokenizer)
         prompts = [row["prompt"] for row in row_of_each]
-        values = score(prompts, texts, row_of_each)
-        scores = one_number(values).to(device)
+        returned = score(prompts, texts, row_of_each)
+        scores = one_number(returned).to(device)
         if args.missing_eos_penalty is not None:
             scores[~ended] = -args.missing_eos_penalty
         mask = batch.completion_mask
@@ -313,9 +322,9 @@ def main(args: Args):
         greedy_scores = None
         if args.baseline == "remax":
             baselines.append("remax")
-            sampling["temperature"] = 0  # greedy
+            greedily = sampling | {"temperature": 0}
             greedy, answers, done = generate(
-                policy, tokenizer, asked, 1, args.max_new_tokens, **sampling
+                policy, tokenizer, asked, 1, args.max_new_tokens, **greedily
             )
             greedy_rows = with_ended(drawn, done, greedy, tokenizer)
             greedy_scores = torch.tensor(score(asked, answers, greedy_rows), device=device)

@@ -7,12 +7,15 @@ Read beside the RLHF Book, draft of January 2025 (the printed edition has chapte
     sft_loss                10.2.3 and chapter 9: what the selection is trained with
     best_of_n_reward        10.3: best-of-N sampling, which changes no weights
     best_of_n_kl            10.3: how far from the policy it is
-    (10.2.4.1, scoring sorted by length, is in plumbing.py, _step_logits)
+    (10.2.4, completions of several models, is --completions; 10.2.4.1, scoring sorted by length, is
+    in plumbing.py, _step_logits)
 
 How the code departs from the print:
     1. 10.2.2's overall top 5 of 20 has index 19, of reward 0.6, where index 11, of 0.7, belongs.
     2. 10.2.2 counts the columns of the example from 1 in its text. The code counts from 0: the top
        per prompt is [0, 1, 0, 2, 3].
+
+Choices that the print leaves open:
     3. Ties go to the lower index, so that a run repeats.
     4. A random selection of the same size is trained, too, as a control: in published runs the two
        were nearly equal.
@@ -83,9 +86,11 @@ class Args:
     """number of rows to print as the model gets them, with the places where the loss counts; then
     the program ends; 0: train"""
 
-    output_dir: str = "runs/rejection_sampling"  # folder for candidates, metrics, samples, models
+    output_dir: str = "runs/rejection_sampling"
+    """folder for candidates, metrics, samples, curves, checkpoint and final model"""
     resume: bool = False
-    """continue from --output-dir, with the same flags; nothing is sampled again"""
+    """continue from the checkpoint in --output-dir, with the same flags; candidates that are whole
+    are not sampled again"""
     overwrite: bool = False  # replace the run in --output-dir
     seed: int = 0  # seed for shuffling and sampling
     device: str = "auto"  # torch device; auto: cuda if there is one, else mps, else cpu
@@ -410,7 +415,7 @@ def draw_best_of_n(sizes, kls, means, path):
 # --- Training -------------------------------------------------------------------------------------
 
 
-def add_gradients(model, tokenizer, chosen, args):
+def add_sft_grad(model, tokenizer, chosen, args):
     """Add the gradient of the loss on (prompt, completion, ended) rows -> loss, token count."""
     prompts = [prompt for prompt, _, _ in chosen]
     completions = [[text] for _, text, _ in chosen]
@@ -439,8 +444,8 @@ def main(args: Args):
     rows, eval_rows = load_prompts(args)
     model_options = (args.reward_model, device, args.dtype, args.micro_batch_size)
     score = load_reward(args.reward, verifier, *model_options, shard=args.shard)
-    load_again = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
-    policy = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
+    load_options = (AutoModelForCausalLM, args.model, device, args.dtype, args.shard)
+    policy = load_model(*load_options, args.gradient_checkpointing, args.lora_rank)
     check_prompts(tokenizer, policy, rows + eval_rows, args.max_new_tokens, args.show_rows)
     others = load_candidates(args, tokenizer, policy.context)
     rows = rows_to_answer(rows, others, args)
@@ -452,7 +457,7 @@ def main(args: Args):
     num_steps = steps_per_round * args.rounds
     models = {"policy": policy}
     if args.train and args.control:
-        control = load_model(*load_again, args.gradient_checkpointing, args.lora_rank)
+        control = load_model(*load_options, args.gradient_checkpointing, args.lora_rank)
         models["control"] = control
     optimizers, schedulers, parts = {}, {}, {}
     for name, model in models.items():
@@ -469,7 +474,7 @@ def main(args: Args):
     def report():
         if not eval_rows:
             return
-        start_model = reference_of(policy) or hold_as_computed(load_model(*load_again))
+        start_model = reference_of(policy) or hold_as_computed(load_model(*load_options))
         prompts = [row["prompt"] for row in eval_rows]
         sizes = (args.max_new_tokens, args.micro_batch_size)
         metrics = {}
@@ -518,10 +523,11 @@ def main(args: Args):
     for step in run.steps():
         start = time.time()
         # 1. A new round: sample N completions of each of M prompts, score them, select
-        i, k = divmod(step - 1, steps_per_round)
-        if k == 0 or not selected:
-            selected = select(i, log=k == 0)
-        if k == 0 and "control" in models:  # it begins each round as the policy does
+        i, step_of_round = divmod(step - 1, steps_per_round)
+        is_new = step_of_round == 0
+        if is_new or not selected:  # nothing is selected yet where the run was resumed
+            selected = select(i, log=is_new)
+        if is_new and "control" in models:  # it begins each round as the policy does
             control.load_state_dict(policy.state_dict())
             state = copy.deepcopy(optimizers["policy"].state_dict())
             optimizers["control"].load_state_dict(state)
@@ -530,13 +536,14 @@ def main(args: Args):
         order = []
         for epoch in range(args.num_epochs):
             order += random.Random(f"{args.seed} {i} {epoch}").sample(range(K), K)
-        drawn = order[k * args.batch_size : (k + 1) * args.batch_size]
+        first = step_of_round * args.batch_size
+        drawn = order[first : first + args.batch_size]
 
         # 3. Gradient steps of the policy and of the control
         metrics = {"lr": schedulers["policy"].get_last_lr()[0]}
         for name, model in models.items():
             chosen = [selected[name][j] for j in drawn]
-            loss, num_tokens = add_gradients(model, tokenizer, chosen, args)
+            loss, num_tokens = add_sft_grad(model, tokenizer, chosen, args)
             add_up_gradients(model)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             check_finite(loss, grad_norm.item())
@@ -552,7 +559,7 @@ def main(args: Args):
 
         # 4. Log
         run.log(metrics, "loss", "loss_control")
-        if step % args.eval_every == 0 or k == steps_per_round - 1:
+        if step % args.eval_every == 0 or step_of_round == steps_per_round - 1:
             report()
     saved = {"final": policy} if args.train else {}
     run.finish(tokenizer, saved)

@@ -5,14 +5,17 @@ Train a model to give the better of two completions of a prompt the higher score
 Read beside the RLHF Book, draft of January 2025 (the printed edition has chapter 7 as chapter 5).
 c and w (chosen, winner) are the better completion, r and l (rejected, loser) the worse one:
     bradley_terry_loss    7.1, eq. 1 to 3; eq. 4 is the same number; eq. 5 with a margin (7.4.1,
-                          8.3); 13.2.2 with a soft label, as the feedback of a model is one
+                          8.3); 13.2.2 with a soft label, such as a feedback model gives
     ranked_pairs          7.4.2: all comparisons that a ranking of K completions makes
     ranking_loss          7.4.2, eq. 6: their mean per prompt, then over prompts
     center_loss           keeps rewards near 0 (Eisenstein et al. 2023, arXiv:2312.09244)
+    (8.2, the language model's loss in a reward model, is --nll-coef)
 
 How the code departs from the print:
     1. Eq. 4 prints log(1 + e^(r_l) - e^(r_w)). It is log(1 + e^(r_l - r_w)).
     2. Section 8.3 prints the margin outside the sigmoid, where it has no gradient. It is inside.
+
+Choices that the print leaves open:
     3. Tied completions are not compared; the mean of eq. 6 is taken over the remaining pairs.
     4. The reward is read at the end of turn, which every completion has unless it was cut.
 
@@ -310,7 +313,6 @@ def collate(examples, tokenizer, max_length):
     return batch, torch.tensor(ranks), margins, probabilities
 
 
-@torch.no_grad()
 def score_all(model, tokenizer, examples, max_length, args):
     """-> scores, lengths in tokens, ranks, prompt_of of all completions, each (R,) on the CPU."""
     scores, lengths, ranks, prompt_of = [], [], [], []
@@ -412,9 +414,9 @@ def main(args: Args):
                 mb_loss = ranking_loss(scores, ranks[mb], part.prompt_of)
             else:
                 better, worse = ranked_pairs(ranks[mb], part.prompt_of)
+                pair_scores = (scores[better], scores[worse])  # one pair per prompt, in their order
                 margin = args.margin_scale * margins[prompts]
-                label = (margin, probabilities[prompts])
-                mb_loss = bradley_terry_loss(scores[better], scores[worse], *label)
+                mb_loss = bradley_terry_loss(*pair_scores, margin, probabilities[prompts])
             if args.center_coef:
                 centering = center_loss(scores, ranks[mb], part.prompt_of)
                 mb_loss = mb_loss + args.center_coef * centering

@@ -286,7 +286,6 @@ def collate(examples, tokenizer, max_length):
     return encode(tokenizer, prompts, completions, max_length), torch.tensor(ranks)
 
 
-@torch.no_grad()
 def score_all(model, tokenizer, examples, max_length, args):
     """-> scores, lengths in tokens, ranks, prompt_of of all completions, each (R,) on the CPU."""
     scores, lengths, ranks, prompt_of = [], [], [], []
@@ -394,9 +393,9 @@ def main(args: Args):
         if step % args.eval_every == 0 or step == num_steps:
             report()
 
-    # With a constant added to all rewards the loss stays the same. Choose the
-    # constant that makes the mean reward of the training completions 0, as InstructGPT does for its
-    # demonstrations. Heads have no bias in transformers, so it goes into config.json.
+    # With a constant added to all rewards the loss stays the same. Choose the constant that makes
+    # the mean reward of the training completions 0, as InstructGPT does for its demonstrations.
+    # Heads have no bias in transformers, so it goes into config.json.
     run.checkpoint()  # the pass takes a while
     scores, _, _, _ = score_all(model, tokenizer, examples, max_length, args)
     model.config.reward_bias = -scores.mean().item()

@@ -290,8 +290,8 @@ def test_a_prompt_of_the_judge_by_hand():
 
 def test_questions_that_are_chats():
     user, system = {"role": "user", "content": "1+2"}, {"role": "system", "content": "be right"}
-    assert judge.question_text([user]) == "1+2" == judge.question_text("1+2")
-    assert judge.question_text([system, user]) == "system: be right\nuser: 1+2"
+    assert judge.conversation_as_text([user]) == "1+2" == judge.conversation_as_text("1+2")
+    assert judge.conversation_as_text([system, user]) == "system: be right\nuser: 1+2"
 
 
 @pytest.mark.parametrize("verdict", ["text", "logits"])
