@@ -106,10 +106,14 @@ def least_squares(columns, values):
 
     Textbook: (X'X)^-1 X'y, and the root of the diagonal of s^2 (X'X)^-1 with s^2 the sum of squared
     residuals over N - K. It takes residuals for independent and of one size. R^2: the share of the
-    values' variance that is explained; below 0 it is worse than their mean.
+    values' variance that is explained; below 0 it is worse than their mean. All are nan where the
+    points do not tell the parameters apart, such as two of which one is the start itself.
     """
     X = columns.double()
     y = values.double()
+    if torch.linalg.matrix_rank(X) < X.shape[1]:
+        unknown = torch.full((X.shape[1],), math.nan, dtype=X.dtype)
+        return unknown, unknown, torch.tensor(math.nan)
     inverse = torch.linalg.inv(X.T @ X)
     parameters = inverse @ X.T @ y
     residuals = y - X @ parameters

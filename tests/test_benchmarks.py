@@ -357,6 +357,15 @@ def test_exact_data_gives_back_a_and_b(method, a, b):
     assert errors.max() < 1e-5 and explained == pytest.approx(1)
 
 
+def test_points_that_do_not_tell_a_and_b_apart():
+    """A run whose policy has not moved has all its points at d = 0, or but one."""
+    for method in FORMS:
+        rows = [{"kl": kl, "gold": 0.1, "start": 0.5} for kl in (0.0, -0.1, 0.3)]
+        parameters, errors, explained, peak = over_optimisation.fit(rows, method)
+        found = [*parameters.tolist(), *errors.tolist(), explained, peak]
+        assert all(math.isnan(value) for value in found)
+
+
 def plain_least_squares(x, z, y):
     """y = a x + b z without a constant, from sums: a, b, their standard errors, R^2."""
     xx = sum(v * v for v in x)

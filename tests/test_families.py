@@ -166,5 +166,6 @@ def test_a_head_on_a_family_without_a_class_is_saved_and_loaded(family, auto_cla
     again = plumbing.load_model(auto_class, tmp_path / "head", CPU)
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, again(ids).logits)
+        # Not bit for bit: memory that is aligned otherwise is added up in another order
+        torch.testing.assert_close(model(ids).logits, again(ids).logits, rtol=1e-5, atol=1e-6)
     assert not again.has_new_head and again.config.num_labels == 1

@@ -1133,7 +1133,7 @@ def test_nothing_is_written_before_begin(tmp_path):
 
 WRITTEN = [
     "metrics.jsonl", "samples.jsonl", "curves.png", "reward_histogram.png", "best_of_n.png",
-    "checkpoint/state.pt", "final/model.safetensors", "critic/config.json", "control/config.json",
+    "checkpoint/state.pt", "final/model.safetensors", "critic/config.json",
     "pairs/1.jsonl", "candidates/1.jsonl", "final.old/config.json", "checkpoint/state.pt.new",
     "final.new/config.json", "curves.png.new",
 ]  # fmt: skip
