@@ -344,7 +344,7 @@ def load_rows(path, *columns):
     elif os.path.exists(path):
         content = Path(path).read_bytes()
         if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-            stop(f"{path}: is UTF-16; save it as UTF-8")
+            stop(f"{path}: no JSON object per line, it is UTF-16; save it as UTF-8")
         lines = content.splitlines()
     elif "/" in str(path) and not str(path).endswith((".json", ".jsonl")):
         lines = _hub_lines(path)
