@@ -269,7 +269,8 @@ def test_a_number_beyond_float32_is_named_by_its_line(tmp_path, column, value):
 def test_a_file_of_another_encoding_or_kind(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(ROWS[0]).encode("utf-16"))
-    assert message(plumbing.load_rows, str(path)) == f"{path}: no JSON object per line, it is UTF-16; save it as UTF-8"
+    said = f"{path}: no JSON object per line, it is UTF-16; save it as UTF-8"
+    assert message(plumbing.load_rows, str(path)) == said
     assert message(plumbing.load_rows, "/dev/null") == "/dev/null: no rows"
 
 
