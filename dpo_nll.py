@@ -52,6 +52,7 @@ from common import (
     encode_answers,
     fixed_logps,
     generate,
+    process,
 )
 from plumbing import (
     Run,
@@ -331,7 +332,7 @@ def sample_groups(policy, tokenizer, score, rows, args):
     """
     G = args.num_generations
     groups, rewards, all_ended = [], [], []
-    size = max(1, args.micro_batch_size // G)  # prompts at a time
+    size = max(1, args.micro_batch_size // G) * process()[1]  # prompts at a time
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         prompts = [row["prompt"] for row in part]

@@ -477,7 +477,7 @@ def main(args: Args):
     run.describe(policy, len(rows), len(eval_rows), f"{P} prompts x {G} completions")
 
     def report():
-        report_greedy(run, policy, tokenizer, score, eval_rows, args.num_prompts * G)
+        report_greedy(run, policy, tokenizer, score, eval_rows)
 
     if run.step == 0:
         report()

@@ -136,17 +136,19 @@ STORE = []  # of the processes that torchrun started, to count those that failed
 def start_processes():
     """Join the other processes that torchrun started; the first alone prints and writes files."""
     count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
+    if count == 1 or "RANK" not in os.environ:
         return
     number = int(os.environ["RANK"])
-    port = int(os.environ["MASTER_PORT"])
+    address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     forever = datetime.timedelta(days=1)  # a judge of the user's may be slow
-    STORE.append(dist.TCPStore(os.environ["MASTER_ADDR"], port, timeout=forever))
+    # torchrun has a store for its processes; without torchrun the first process has it
+    has_store = number == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(*address, is_master=has_store, timeout=forever)
+    # The store outlives the processes: those of --max-restarts must not read what these wrote
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    STORE.append(dist.PrefixStore(f"scripts, attempt {attempt}", store))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    common_store = dist.PrefixStore("scripts", STORE[0])
-    dist.init_process_group(
-        backend, store=common_store, rank=number, world_size=count, timeout=forever
-    )
+    dist.init_process_group(backend, store=STORE[0], rank=number, world_size=count, timeout=forever)
     if number:
         sys.stdout = open(os.devnull, "w")
         transformers.utils.logging.disable_progress_bar()
@@ -680,7 +682,10 @@ def pick_device(device="auto"):
     """Name of a device -> torch.device. auto: cuda where there is one, else mps, else cpu."""
     if device == "auto":
         device = "cpu"
-        for kind in ("mps", "cuda"):
+        kinds = ["mps", "cuda"]
+        if process()[1] > 1:  # which on a Mac cannot exchange tensors of its GPU
+            kinds.remove("mps")
+        for kind in kinds:
             if getattr(torch, kind).is_available():
                 device = kind
     with stop_on_error(f"--device {device}"):
@@ -986,18 +991,20 @@ def _shard(model, wanted=True):
     """
     if not wanted:
         return
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh(model.device.type, (process()[1],))
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     sizes = [sum(p.numel() for p in module.parameters()) for module in lists]
     for layer in lists[sizes.index(max(sizes))]:
-        fully_shard(layer)
-    if model.get_output_embeddings() is not None:
-        fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    if model.get_output_embeddings() is not None or head is None:
+        fully_shard(model, mesh=mesh)
     else:
-        fully_shard(model.base_model)
-        head = getattr(model, "score", None) or model.classifier
-        fully_shard(head)
+        fully_shard(model.base_model, mesh=mesh)
+        fully_shard(head, mesh=mesh)
     model.sharded = True
 
 
@@ -1007,12 +1014,19 @@ def _mine(parameter):
 
 
 def _whole_tensors(state):
-    """A state_dict, of tensors in lists and dicts -> the same, where no tensor is divided."""
+    """A state_dict, of tensors in lists and dicts -> the same, where no tensor is divided.
+
+    What was divided is whole in the first process alone, which writes it, and there in the CPU's
+    memory: all of it together may not fit on a GPU. In the others it is empty.
+    """
     if isinstance(state, dict):
         return {name: _whole_tensors(value) for name, value in state.items()}
     if isinstance(state, list):
         return [_whole_tensors(value) for value in state]
-    return state.full_tensor() if hasattr(state, "full_tensor") else state
+    if not hasattr(state, "full_tensor"):
+        return state
+    tensor = state.full_tensor()
+    return tensor.cpu() if is_first() else tensor.new_empty(0)
 
 
 def _whole_state(model):
@@ -1040,11 +1054,16 @@ def _load_whole(part, state):
     if isinstance(part, torch.nn.Module):
         now = part.state_dict()
         state = {name: _divide_like(tensor, now[name]) for name, tensor in state.items()}
-    part.load_state_dict(state)
     if isinstance(part, torch.optim.Optimizer):
-        for parameter, moments in part.state.items():
-            for name, tensor in moments.items():
-                moments[name] = _divide_like(tensor, parameter)
+        parameters = []
+        for group in part.param_groups:
+            parameters += group["params"]
+        divided = {}
+        for number, moments in state["state"].items():
+            like = parameters[number]
+            divided[number] = {name: _divide_like(x, like) for name, x in moments.items()}
+        state = state | {"state": divided}
+    part.load_state_dict(state)
 
 
 # --- LoRA: low-rank adapters (Hu et al. 2021, arXiv:2106.09685) -----------------------------------
@@ -1390,7 +1409,12 @@ def load_reward(
             given = copy.deepcopy((prompts, completions, rows))
             with _no_exit(name), stop_on_error(f"{name} failed"):
                 values = _numbers_of(function, given, completions, by_step)
-        return values if model else from_first(values)
+        if model:
+            return values
+        # What a function draws at random moves the generator of the first process alone
+        values, drawn = from_first((values, torch.get_rng_state()))
+        torch.set_rng_state(drawn)
+        return values
 
     return score
 
@@ -1684,14 +1708,16 @@ def greedy_rewards(policy, tokenizer, score, rows, max_new_tokens, batch_size):
     return values, texts
 
 
-def report_greedy(run, policy, tokenizer, score, rows, batch_size):
+def report_greedy(run, policy, tokenizer, score, rows):
     """Answer held-out prompts, if there are any, and log their mean reward and the first answers.
 
-    Answers are greedy. The mean is called eval_accuracy where the script's verifier rewards them.
+    Answers are greedy, as many at a time as a step samples. The mean is called eval_accuracy where
+    the script's verifier rewards them.
     """
     if not rows:
         return
-    sizes = (run.args.max_new_tokens, batch_size)
+    prompts_at_once = run.args.generation_batch_size or run.args.num_prompts
+    sizes = (run.args.max_new_tokens, prompts_at_once * run.args.num_generations)
     values, texts = greedy_rewards(policy, tokenizer, score, rows, *sizes)
     rewards = one_number(values)
     name = "eval_accuracy" if is_verified(run.args) else "eval_reward"
@@ -1887,7 +1913,9 @@ class Run:
         """Load the parts, the random states and the step -> sizes of the logs at that time."""
         path = self.folder / "checkpoint" / "state.pt"
         with stop_on_error(f"--resume: cannot read {path}"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # Of several processes that read one file, mmap lets all share its pages
+            options = {"map_location": "cpu", "weights_only": True, "mmap": process()[1] > 1}
+            state = torch.load(path, **options)
         for name, part in self.parts.items():
             if hasattr(part, "load_state_dict"):
                 state[name].update(_frozen(part))
@@ -1897,7 +1925,8 @@ class Run:
             if hasattr(part, "lr_lambdas"):
                 _set_rate(part)
         torch.set_rng_state(state["torch"])
-        torch.cuda.set_rng_state_all(state["cuda"])
+        # One for each GPU; there may be fewer now
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
         random.setstate(state["random"])
         self.step = state["step"]
         self.start = time.time() - state["seconds"]
@@ -1954,17 +1983,20 @@ class Run:
 
     @contextlib.contextmanager
     def _signals_wait(self):
-        """Inside, Ctrl-C and SIGTERM only set `stopped_by`; a second one acts as it always did."""
+        """Inside, Ctrl-C and SIGTERM only set `stopped_by`; a second Ctrl-C stops at once."""
         before = {}
 
         def note(number, frame):
+            is_second = self.stopped_by
             self.stopped_by = signal.Signals(number).name
-            signal.signal(number, before[number])
-            if not is_first():
+            # A second SIGTERM is not the user's: torchrun hands on one that came to all processes
+            if number == signal.SIGINT:
+                signal.signal(number, before[number])
+            if is_second or not is_first():
                 return
             print(
-                f"{self.stopped_by}: this step ends and a checkpoint is saved; a second one stops "
-                "at once, without",
+                f"{self.stopped_by}: this step ends and a checkpoint is saved; a second Ctrl-C "
+                "stops at once, without",
                 file=sys.stderr,
             )
 

@@ -431,11 +431,14 @@ def add_policy_grad(policy, batch, index, policy_logps, advantages, weights, arg
     and are written there.
     """
     totals = torch.zeros(3, device=policy.device)  # loss, clipped tokens, approximate KL
+    is_only_step = args.num_epochs * args.num_minibatches == 1
+    if is_only_step:
+        policy_logps.zero_()  # each process writes those of its own rows
     for mb in deal_out(micro_batches(index, args.micro_batch_size), args.shard):
         part = batch.rows(mb)
         t = part.completion_ids.shape[1]  # the longest of these
         logps = completion_logps(policy, part, args.temperature, args.share_prompts)
-        if args.num_epochs * args.num_minibatches == 1:
+        if is_only_step:
             policy_logps[mb, :t] = logps.detach()
         old_logps = policy_logps[mb, :t]
         fixed = (old_logps, advantages[mb, :t], weights[mb, :t])
@@ -444,7 +447,7 @@ def add_policy_grad(policy, batch, index, policy_logps, advantages, weights, arg
         clipped = (is_clipped & part.completion_mask).sum()
         approx_kl = kl_estimate(old_logps, logps.detach(), "k3").sum()
         totals += torch.stack([mb_loss.detach(), clipped, approx_kl])
-    if args.num_epochs * args.num_minibatches == 1:
+    if is_only_step:
         add_up(policy_logps)
     return add_up(totals).tolist()
 
@@ -495,7 +498,7 @@ def main(args: Args):
     run.describe(policy, len(rows), len(eval_rows), f"{P} prompts x {G} completions")
 
     def report():
-        report_greedy(run, policy, tokenizer, score, eval_rows, args.num_prompts * G)
+        report_greedy(run, policy, tokenizer, score, eval_rows)
 
     if run.step == 0:
         report()

@@ -48,6 +48,7 @@ from common import (
     encode,
     generate,
     masked_mean,
+    process,
 )
 from plumbing import (
     Run,
@@ -328,7 +329,8 @@ def sample_candidates(policy, tokenizer, score, rows, others, run, name):
     sampled again. others: {prompt: [(text, ended), ...]}, which join them.
     """
     args = run.args
-    size = max(1, args.micro_batch_size // args.num_generations)  # prompts at a time
+    # Prompts at a time, so many for each process
+    size = max(1, args.micro_batch_size // args.num_generations) * process()[1]
     groups = from_first(whole_chunks(run.folder / name, len(rows), size))
     run.write_rows(name, groups)
     for start in range(len(groups), len(rows), size):

@@ -295,6 +295,10 @@ def flag_generation_batch_size(run, base, folder):
     sampled, of_base = got.results("generate")[0][1], base.results("generate")[0][1]
     assert len(sampled) == len(of_base) and sampled != of_base
     assert sampled[:1] != sampled[-1:]
+    # An evaluation answers as many prompts at a time as a step has completions
+    G = base.args.num_generations
+    assert set(got.arguments("greedy_rewards", "batch_size")) == {G}
+    assert set(base.arguments("greedy_rewards", "batch_size")) == {base.args.num_prompts * G}
 
 
 def flag_shard(run, base, folder):

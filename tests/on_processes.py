@@ -30,6 +30,25 @@ def said_by(function, *inputs):
         return str(error)
 
 
+def draws(prompts, completions, rows):
+    """A reward that moves torch's generator."""
+    torch.rand(5)
+    return [0.0] * len(completions)
+
+
+def drawn_after_a_reward(device):
+    score = plumbing.load_reward("verifier", draws, "", device)
+    score(["1+1"], ["2"], [{}])
+    return torch.rand(()).item()
+
+
+def held_of_a_checkpoint(device):
+    """Numbers of a sharded model's whole state that this process holds."""
+    options = (AutoModelForCausalLM, str(ROOT / "toy/model"), device, "float32", True)
+    model = plumbing.load_model(*options)
+    return sum(tensor.numel() for tensor in plumbing._whole_state(model).values())
+
+
 def stopped(folder):
     """A signal comes to the last process alone -> after which step this one ends, and its code."""
     number, count = common.process()
@@ -76,6 +95,8 @@ def main(folder):
         "sum": common.add_up(torch.tensor([1.0, float(number)])).tolist(),
         "gathered": common.gather([number, "x"]),
         "from first": plumbing.from_first(number),
+        "after a reward": drawn_after_a_reward(device),
+        "held": held_of_a_checkpoint(device) if count > 1 else 0,
         "other flags": said_by(plumbing._check_processes, Namespace(seed=number), {}),
         "unequal": said_by(common.deal_out, list(range(5)), True),
         "stopped": stopped(folder),

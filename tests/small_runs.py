@@ -46,7 +46,9 @@ CASES = {
         "reinforce_rloo", SAMPLING | dict(beta=0.0, baseline="remax"), 13),
     "ppo": ("ppo", SAMPLING | dict(num_epochs=2, num_minibatches=2, beta=0.05, ptx_coef=0.3,
                                    ptx_batch_size=5, critic_warmup=1), 13),
-    "ppo, one update": ("ppo", SAMPLING | dict(num_epochs=1, num_minibatches=1, beta=0.0), 13),
+    "ppo, one update": ("ppo", SAMPLING | dict(num_epochs=1, num_minibatches=1, beta=0.05), 13),
+    "ppo, one update without KL": (
+        "ppo", SAMPLING | dict(num_epochs=1, num_minibatches=1, beta=0.0), 13),
     "grpo": ("grpo", SAMPLING | dict(num_epochs=2, num_minibatches=2, beta=0.1), 13),
     "grpo, one update": ("grpo", SAMPLING | dict(num_epochs=1, num_minibatches=1, beta=0.1), 13),
     "grpo, lora": ("grpo", SAMPLING | dict(lora_rank=2, beta=0.1), 13),

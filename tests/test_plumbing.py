@@ -438,6 +438,9 @@ def test_the_device_is_the_best_there_is_or_the_one_asked_for(monkeypatch, cuda,
     monkeypatch.setattr(torch.mps, "is_available", lambda: mps, raising=False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert plumbing.pick_device(asked) == torch.device(want)
+    if not cuda:  # gloo exchanges no tensors of a Mac's GPU
+        monkeypatch.setattr(plumbing, "process", lambda: (0, 2))
+        assert plumbing.pick_device(asked) == CPU
 
 
 def test_a_device_that_is_not_there():
@@ -1202,6 +1205,7 @@ def test_a_checkpoint_brings_back_the_random_numbers(tmp_path, monkeypatch):
     put = []
     monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [torch.tensor([7, 8])])
     monkeypatch.setattr(torch.cuda, "set_rng_state_all", put.extend)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     run = begun(tmp_path / "run")
     torch.manual_seed(11)
     random.seed(11)
@@ -1212,6 +1216,18 @@ def test_a_checkpoint_brings_back_the_random_numbers(tmp_path, monkeypatch):
     begun(tmp_path / "run", resume=True)
     assert (torch.rand(3).tolist(), random.random()) == want
     assert [state.tolist() for state in put] == [[7, 8]]
+
+
+def test_a_checkpoint_of_more_gpus_than_there_are_now(tmp_path, monkeypatch):
+    put = []
+    monkeypatch.setattr(
+        torch.cuda, "get_rng_state_all", lambda: [torch.tensor([i]) for i in (5, 6)]
+    )
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", put.extend)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    begun(tmp_path / "run").checkpoint()
+    begun(tmp_path / "run", resume=True)
+    assert [state.tolist() for state in put] == [[5]]
 
 
 def test_a_checkpoint_cuts_off_what_came_after_it(tmp_path):
@@ -1693,6 +1709,17 @@ def test_a_second_signal_ends_it_at_once(tmp_path, usual_signals):
             reached.append(step)
     assert reached == [1] and not (tmp_path / "run/checkpoint").exists()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_sigterm_waits_as_the_first(tmp_path, usual_signals, capsys):
+    """torchrun hands on a SIGTERM that has come to all processes of its job already."""
+    run = begun(tmp_path / "run", num_steps=5)
+    with pytest.raises(SystemExit):
+        for _ in run.steps():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert (tmp_path / "run/checkpoint").exists() and run.step == 1
+    assert capsys.readouterr().err.count("this step ends") == 1
 
 
 def test_a_signal_that_was_ignored_stays_ignored(tmp_path, usual_signals):

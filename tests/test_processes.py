@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,10 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def start(count, *command, **environment):
-    """Run a script of ours in `count` processes -> what subprocess.run gives."""
+    """Run a script of ours in `count` processes, or by these words -> what subprocess.run gives."""
     words = [sys.executable] if count == 1 else [*TORCHRUN, str(count)]
+    if isinstance(count, list):
+        words = [*count]
     words += [str(word) for word in command]
     given = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -51,7 +54,8 @@ def test_every_process_has_the_whole(computed):
     """What is dealt out, and the number of the process, are its own; all else is equal."""
     first, *others = computed[3]
     for other in others:
-        assert {name for name in first if first[name] != other[name]} == {"dealt"}
+        assert {name for name in first if first[name] != other[name]} == {"dealt", "held"}
+        assert first["held"] > 4e5 and other["held"] == 0  # all of the model to be written, nothing
     assert [one["dealt"] for one in computed[3]] == [[0, 3], [1, 4], [2]]
     assert first["count"] == 3 and first["from first"] == 0
     assert first["sum"] == [3, 0 + 1 + 2] and first["gathered"] == [0, "x", 1, "x", 2, "x"]
@@ -227,6 +231,38 @@ def test_shard_does_not_go_with_adapters(grpo, tmp_path):
 def test_more_processes_than_prompts(grpo, tmp_path):
     said = one_line(grpo(2, "--num-prompts", "1", "--num-minibatches", "1"))
     assert "--num-prompts 1: fewer than the 2 processes" in said
+
+
+def test_a_second_attempt_of_torchrun_does_not_wait_for_the_first(grpo, tmp_path):
+    """With --max-restarts: it finds the folder of the first, and says so."""
+    attempts = [*TORCHRUN[:-1], "--max-restarts", "1", "--nproc-per-node", "2"]
+    ran = grpo(attempts, "--output-dir", tmp_path / "run", FAILS_AT="2")
+    assert ran.returncode != 0
+    assert "no judge today" in ran.stderr and "--overwrite" in ran.stderr
+
+
+def test_processes_that_torchrun_did_not_start(tmp_path):
+    """As a cluster starts them: the first has the store that the others ask."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join((ROOT / "toy/sft_train.jsonl").read_text().splitlines(True)[:16]))
+    command = [sys.executable, "sft.py", "--model", "toy/model", "--dataset", str(rows)]
+    command += ["--num-epochs", "1", "--batch-size", "8", "--eval-size", "0"]
+    command += ["--output-dir", str(tmp_path / "run")]
+    given = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WORLD_SIZE": "2"}
+    given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    both = []
+    for number in ("0", "1"):
+        both.append(subprocess.Popen(command, cwd=ROOT, env=given | {"RANK": number}))
+    assert [one.wait(timeout=120) for one in both] == [0, 0]
+    assert (tmp_path / "run/final").exists()
+
+
+def test_a_world_size_that_something_else_left(tmp_path):
+    ran = start(1, "sft.py", "--help", WORLD_SIZE="2")
+    assert ran.returncode == 0 and "--model" in ran.stdout
 
 
 def test_bad_flags_are_said_once(grpo, tmp_path):

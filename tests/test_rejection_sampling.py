@@ -947,6 +947,15 @@ def flag_micro_batch_size(run, base, folder):
     assert [len(p) for p in small_blocks.arguments("generate", "prompts")] == [1] * 7
 
 
+def test_each_of_several_processes_has_prompts_to_sample_for(tmp_path, monkeypatch):
+    """With the defaults a micro-batch holds no more than one prompt's completions."""
+    monkeypatch.setattr(rs, "process", lambda: (0, 3))
+    changes = dict(micro_batch_size=4, num_generations=4, train=False)
+    seen = observe.observe(rs, tiny_args(tmp_path, **changes))
+    sizes = [len(p) for p in seen.arguments("generate", "prompts")]
+    assert max(sizes) == 3 and min(sizes) > 0
+
+
 def flag_lr_schedule(run, base, folder):
     """Both optimisers' rates of each step."""
     for schedule in ("constant", "cosine", "linear"):
