@@ -405,11 +405,12 @@ def add_policy_grad(policy, batch, index, policy_logps, ref_logps, advantages, w
     """
     totals = torch.zeros(3, device=policy.device)  # loss, clipped tokens, approximate KL
     clips = (args.clip_eps, args.clip_eps_high or args.clip_eps)
+    is_only_step = args.num_epochs * args.num_minibatches == 1
     for mb in deal_out(micro_batches(index, args.micro_batch_size), args.shard):
         part = batch.rows(mb)
         t = part.completion_ids.shape[1]  # the longest of these
         logps = completion_logps(policy, part, args.temperature, args.share_prompts)
-        if args.num_epochs * args.num_minibatches == 1:
+        if is_only_step:
             policy_logps[mb, :t] = logps.detach()
         old_logps = policy_logps[mb, :t]
         fixed = (old_logps, ref_logps[mb, :t], advantages[mb, :t], weights[mb, :t])
@@ -418,7 +419,7 @@ def add_policy_grad(policy, batch, index, policy_logps, ref_logps, advantages, w
         clipped = (is_clipped & part.completion_mask).sum()
         approx_kl = kl_estimate(old_logps, logps.detach(), "k3").sum()
         totals += torch.stack([mb_loss.detach(), clipped, approx_kl])
-    if args.num_epochs * args.num_minibatches == 1:
+    if is_only_step:
         add_up(policy_logps)
     return add_up(totals).tolist()
 
