@@ -61,10 +61,9 @@ class Batch:
 
         Prompts whose longest row (prompt and completion) is long go first, so that rows of like
         length share a micro-batch, and a lack of memory shows at once.
-        size: completions per micro-batch; with several processes some micro-batches are divided or
-        joined, so that every process gets the same number of them. whole_prompts: never divide the
-        completions of one prompt; a prompt that has more than `size` of them is a micro-batch of
-        its own.
+        size: completions per micro-batch; with several processes some are divided, so that each
+        process gets as many as the others. whole_prompts: never divide the completions of one
+        prompt; a prompt that has more than `size` of them is a micro-batch of its own.
         """
         prompt_lengths = self.prompt_mask.sum(1)
         row_lengths = prompt_lengths[self.prompt_of] + self.completion_mask.sum(1)
@@ -74,9 +73,9 @@ class Batch:
         order = (self.prompt_of - longest * len(prompt_lengths)).argsort()
         if whole_prompts:
             _, counts = self.prompt_of[order].unique_consecutive(return_counts=True)
-            parts = _for_all_processes(order.split(_pack(counts.tolist(), size)), self.prompt_of)
+            parts = _divide_for_processes(order.split(_pack(counts.tolist(), size)), self.prompt_of)
         else:
-            parts = _for_all_processes(order.split(size))
+            parts = _divide_for_processes(order.split(size))
         return [part.sort().values for part in parts]  # completions of one prompt stay together
 
     def to(self, device):
@@ -134,28 +133,34 @@ def process():
 def deal_out(parts, sharded=False):
     """A list, such as that of all micro-batches -> list of those that are this process's.
 
-    Raises ValueError where the model is sharded and some processes would get fewer than others.
+    A sharded model has to be called equally often in all processes: of parts too many, each is
+    joined to the one before it. Raises ValueError where there are fewer parts than processes.
     """
     number, count = process()
-    if sharded and len(parts) % count:
+    if sharded and len(parts) < count:
         raise ValueError(
-            f"--shard: {len(parts)} micro-batches cannot be dealt out equally to {count} "
-            "processes: choose a number of rows whose last step has at least one for each."
+            f"--shard: {len(parts)} micro-batches cannot be dealt out to {count} processes: choose "
+            "a number of rows whose last step has at least one for each."
         )
+    if sharded:
+        parts = list(parts)
+        for i in range(len(parts) % count):
+            last = len(parts) - 1 - i  # none is joined twice
+            joined = torch.cat(parts[last - 1 : last + 1])
+            parts[last - 1 : last + 1] = [joined.sort().values]
     return parts[number::count]
 
 
 def micro_batches(index, size):
-    """Index tensor (N,) -> list of parts of at most `size`, equally many for each process."""
-    return _for_all_processes(index.split(size))
+    """Index tensor (N,) -> list of parts of at most `size`; see `_divide_for_processes`."""
+    return _divide_for_processes(index.split(size))
 
 
-def _for_all_processes(parts, prompt_of=None):
-    """Divide or join micro-batches until all processes get equally many -> list of parts.
+def _divide_for_processes(parts, prompt_of=None):
+    """Divide micro-batches until all processes get equally many -> list of parts.
 
-    They are halved, the largest first; where all are of one member, neighbours are joined. With
-    fewer members than processes nothing can be done. prompt_of: the prompt of each completion,
-    where those of one prompt are one member.
+    They are halved, the largest first; where all are of one member, some processes get one more.
+    prompt_of: the prompt of each completion, where those of one prompt are one member.
     """
     count = process()[1]
     parts = list(parts)
@@ -171,11 +176,6 @@ def _for_all_processes(parts, prompt_of=None):
         if prompt_of is not None:
             cut = int((prompt_of[parts[i]] == members[i][cut]).nonzero()[0])
         parts[i : i + 1] = [parts[i][:cut], parts[i][cut:]]
-    if len(parts) > count:
-        # Parts too many are joined to their neighbours, from the end, none of them twice
-        for number in range(len(parts) % count):
-            i = len(parts) - 2 - number
-            parts[i : i + 2] = [torch.cat(parts[i : i + 2])]
     return parts
 
 

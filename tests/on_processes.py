@@ -22,6 +22,11 @@ def sizes_of_parts(number, size):
     return [len(part) for part in common.micro_batches(torch.arange(number), size)]
 
 
+def parts_of(number):
+    """So many parts of two, the later ones of smaller numbers."""
+    return list(torch.arange(2 * number).view(number, 2).flip(0))
+
+
 def said_by(function, *inputs):
     """What a function that raises ValueError says."""
     try:
@@ -98,7 +103,8 @@ def main(folder):
         "after a reward": drawn_after_a_reward(device),
         "held": held_of_a_checkpoint(device) if count > 1 else 0,
         "other flags": said_by(plumbing._check_processes, Namespace(seed=number), {}),
-        "unequal": said_by(common.deal_out, list(range(5)), True),
+        "few": said_by(common.deal_out, list(range(2)), True),
+        "which": [part.tolist() for part in common.deal_out(parts_of(5), True)],
         "stopped": stopped(folder),
         "count": count,
     }

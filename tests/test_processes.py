@@ -54,14 +54,16 @@ def test_every_process_has_the_whole(computed):
     """What is dealt out, and the number of the process, are its own; all else is equal."""
     first, *others = computed[3]
     for other in others:
-        assert {name for name in first if first[name] != other[name]} == {"dealt", "held"}
+        assert {name for name in first if first[name] != other[name]} == {"dealt", "which", "held"}
         assert first["held"] > 4e5 and other["held"] == 0  # all of the model to be written, nothing
     assert [one["dealt"] for one in computed[3]] == [[0, 3], [1, 4], [2]]
     assert first["count"] == 3 and first["from first"] == 0
     assert first["sum"] == [3, 0 + 1 + 2] and first["gathered"] == [0, "x", 1, "x", 2, "x"]
-    assert first["parts of an index"] == [[3, 2, 2], [1, 1, 1, 1, 2, 2]]
+    assert first["parts of an index"] == [[3, 2, 2], [1] * 8]
+    which = [one["which"] for one in computed[3]]  # of five, for a sharded model
+    assert which == [[[8, 9]], [[4, 5, 6, 7]], [[0, 1, 2, 3]]]
     assert first["other flags"] == "process 1 does not have the same seed as process 0"
-    assert "5 micro-batches cannot be dealt out equally to 3" in first["unequal"]
+    assert "2 micro-batches cannot be dealt out to 3" in first["few"]
     assert first["stopped"] == [1, 130]  # all end with the process that got a signal
 
 
