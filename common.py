@@ -262,6 +262,7 @@ class Turns:
 
 def turns_of(tokenizer):
     """Turns of the tokenizer's chat template; without a template all texts are empty."""
+    # The cache tells tokenizers apart by identity: what may be set on one later is part of the key
     key = (str(tokenizer.chat_template), tokenizer.bos_token, tokenizer.eos_token)
     return _turns_of(tokenizer, *key, len(tokenizer))
 

@@ -243,7 +243,7 @@ def is_right(text, row):
 
 
 def load_constitution(path):
-    """Text file -> list of principles, one per line; without a path PRINCIPLES. Blank ones are cut.
+    """Text file -> its principles, one per line, blank lines left out; without a path PRINCIPLES.
 
     Raises ValueError where there is no such file, or no principle in it, or one of them twice.
     """

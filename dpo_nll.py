@@ -127,7 +127,8 @@ class Args:
     reward: str = "verifier"
     """for --iterations and --eval-prompts. verifier: 1 if the last number of the completion is the
     row's `answer`, else 0; or FILE.py:function, which gets three lists (prompts, completions, rows)
-    and returns one number per completion"""
+    and returns one number per completion; rows[i]["ended"] is False if completion i was cut off,
+    and rows[i]["raw"] is its text with special tokens"""
     reward_model: str = ""  # folder or hub name of a reward model, used instead of --reward
 
     iterations: int = 0

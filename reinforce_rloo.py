@@ -322,6 +322,7 @@ def main(args: Args):
         greedy_scores = None
         if args.baseline == "remax":
             baselines.append("remax")
+            # Its reward has no KL in it: a baseline may be all that does not depend on the samples
             greedily = sampling | {"temperature": 0}
             greedy, answers, done = generate(
                 policy, tokenizer, asked, 1, args.max_new_tokens, **greedily
