@@ -42,7 +42,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common import (
-    content_text,
     encode,
     encode_prompt,
     fixed_logps,
@@ -53,6 +52,7 @@ from plumbing import (
     Run,
     check_prompts,
     check_vocabulary,
+    conversation_as_text,
     has_answers,
     hold_as_computed,
     last_number,
@@ -222,16 +222,6 @@ def criticised(answer, critique):
     Bai et al. 2022: thoughts before a choice (chain of thought).
     """
     return CRITICISED.format(answer=answer, critique=critique)
-
-
-def conversation_as_text(prompt):
-    """A text, or the text of a single message; more messages with who says them, one per line."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return content_text(prompt[0].get("content"))
-    lines = [f"{message['role']}: {content_text(message.get('content'))}" for message in prompt]
-    return "\n".join(lines)
 
 
 def is_right(text, row):

@@ -38,12 +38,13 @@ from typing import Literal
 import torch
 from transformers import AutoModelForCausalLM
 
-from common import content_text, encode, encode_answers, encode_prompt, fixed_logps, generate
+from common import encode, encode_answers, encode_prompt, fixed_logps, generate
 from plumbing import (
     Run,
     answer_text,
     check_prompts,
     check_vocabulary,
+    conversation_as_text,
     hold_as_computed,
     load_model,
     load_reward,
@@ -271,15 +272,6 @@ def bootstrap_interval(statistic, prompt_of, num_resamples, seed, level=0.95):
 
 
 # --- The task: change this for your own -----------------------------------------------------------
-
-
-def conversation_as_text(prompt):
-    """A prompt (a text or a list of chat messages) as the judge reads it."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return content_text(prompt[0].get("content"))
-    return "\n".join(f"{turn['role']}: {content_text(turn.get('content'))}" for turn in prompt)
 
 
 def judge_prompt(template, prompt, answer_a, answer_b):

@@ -655,6 +655,19 @@ def answer_text(answer, prompt):
     return content_text(answer[-1].get("content"))
 
 
+def conversation_as_text(prompt):
+    """A text, or the text of a single message; more messages with who says them, one per line.
+
+    As a model reads it that is asked about a conversation, and does not take part in it.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return content_text(prompt[0].get("content"))
+    lines = [f"{message['role']}: {content_text(message.get('content'))}" for message in prompt]
+    return "\n".join(lines)
+
+
 def _said(messages):
     """Who said what: messages may have more keys, which say nothing here."""
     return [(message["role"], content_text(message.get("content"))) for message in messages]

@@ -90,8 +90,8 @@ class Args:
     output_dir: str = "runs/rejection_sampling"
     """folder for candidates, metrics, samples, curves, checkpoint and final model"""
     resume: bool = False
-    """continue from the checkpoint in --output-dir, with the same flags; candidates that are whole
-    are not sampled again"""
+    """continue from the checkpoint in --output-dir, with the same flags; candidates that were
+    sampled before are kept"""
     overwrite: bool = False  # replace the run in --output-dir
     seed: int = 0  # seed for shuffling and sampling
     device: str = "auto"  # torch device; auto: cuda if there is one, else mps, else cpu

@@ -43,6 +43,20 @@ def tiny_args(tmp_path, **changes):
     return dpo_nll.Args(**values | changes)
 
 
+def test_each_of_several_processes_has_prompts_to_sample_for(tmp_path, monkeypatch):
+    """With the defaults a micro-batch holds no more than one prompt's completions."""
+    monkeypatch.setattr(dpo_nll, "process", lambda: (0, 3))
+    reward = "def f(prompts, completions, rows):\n    return [len(text) for text in completions]\n"
+    (tmp_path / "reward.py").write_text(reward)
+    args = tiny_args(
+        tmp_path, dataset=str(ROOT / "toy/problems_test.jsonl"), eval_dataset="", eval_size=0,
+        iterations=1, num_prompts=6, num_pairs=4, num_generations=4, micro_batch_size=4,
+        max_new_tokens=12, temperature=2.0, reward=f"{tmp_path}/reward.py:f",
+    )  # fmt: skip
+    seen = observe.observe(dpo_nll, args)
+    assert [len(prompts) for prompts in seen.arguments("generate", "prompts")] == [3, 3]
+
+
 def run(args):
     """Train -> rows of metrics."""
     dpo_nll.main(args)
